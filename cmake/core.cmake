@@ -1,0 +1,16 @@
+# _core: path search and entropy coder, plain C++17 under pybind11. Knows numpy arrays, not torch.
+# The pip build finds pybind11 as a build requirement; a bare cmake run asks the interpreter for it.
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+if(NOT pybind11_DIR)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
+    OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+set(PYBIND11_FINDPYTHON ON)
+find_package(pybind11 2.13 CONFIG REQUIRED)
+
+pybind11_add_module(_core MODULE
+  csrc/search/bindings.cpp
+  csrc/storage/weight_codec.cpp)
+target_link_libraries(_core PRIVATE fitcompress_options)
+install(TARGETS _core LIBRARY DESTINATION fitcompress)

@@ -1,0 +1,31 @@
+// The ops as C++ functions of tensors. Each checks its arguments, allocates its results and calls
+// the kernel of the tensors' device. The schemas in ops.cpp say what the arguments are.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "torch/tensor.h"
+
+namespace fitcompress {
+
+void square_accumulate_(const Tensor& moment, const Tensor& output_grad, const Tensor& input);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distortion_table(
+    const Tensor& weight, const std::optional<Tensor>& fisher, const Tensor& importance,
+    const std::vector<int64_t>& bits, const std::vector<double>& steps,
+    const std::vector<double>& sparsities);
+
+Tensor fake_quantize_prune(const Tensor& weight, const Tensor& scale,
+                           const std::optional<Tensor>& mask, int64_t max_code);
+
+std::tuple<Tensor, Tensor> fake_quantize_prune_backward(const Tensor& grad, const Tensor& weight,
+                                                        const Tensor& scale,
+                                                        const std::optional<Tensor>& mask,
+                                                        int64_t max_code);
+
+Tensor error_feedback_sweep(const Tensor& weight, const Tensor& factor, const Tensor& scale,
+                            const std::optional<Tensor>& mask, int64_t max_code);
+
+}  // namespace fitcompress

@@ -1,0 +1,84 @@
+// Every schema and every registration, and nothing else.
+#include <exception>
+#include <string>
+
+#include "common/isa.h"
+#include "torch/adapters.h"
+
+namespace {
+
+using namespace fitcompress;
+
+constexpr const char* kSchemas[] = {
+    "square_accumulate_(Tensor(a!) moment, Tensor output_grad, Tensor input) -> ()",
+    "distortion_table(Tensor weight, Tensor? fisher, Tensor importance, int[] bits, float[] steps, "
+    "float[] sparsities) -> (Tensor distortion, Tensor nnz, Tensor entropy_bits, Tensor "
+    "grid_length, Tensor prune_length, Tensor norm)",
+    "fake_quantize_prune(Tensor weight, Tensor scale, Tensor? mask, int max_code) -> Tensor",
+    "fake_quantize_prune_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? mask, int "
+    "max_code) -> (Tensor, Tensor)",
+    "error_feedback_sweep(Tensor weight, Tensor factor, Tensor scale, Tensor? mask, int max_code) "
+    "-> Tensor",
+};
+
+struct Kernel {
+  const char* name;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+constexpr Kernel kKernels[] = {
+    {"square_accumulate_", boxed<square_accumulate_>},
+    {"distortion_table", boxed<distortion_table>},
+    {"fake_quantize_prune", boxed<fake_quantize_prune>},
+    {"fake_quantize_prune_backward", boxed<fake_quantize_prune_backward>},
+    {"error_feedback_sweep", boxed<error_feedback_sweep>},
+};
+
+constexpr const char* kDevices[] = {
+    "CPU",
+#ifdef FITCOMPRESS_WITH_CUDA
+    "CUDA",
+#endif
+};
+
+// The libraries are never deleted: that would unregister the ops.
+void register_ops() {
+  TorchLibraryHandle definitions = nullptr;
+  check_torch(aoti_torch_library_init_def("fitcompress", __FILE__, __LINE__, &definitions),
+              "the definition of the library fitcompress");
+  for (const char* schema : kSchemas) {
+    check_torch(aoti_torch_library_def(definitions, schema), schema);
+  }
+  for (const char* device : kDevices) {
+    TorchLibraryHandle kernels = nullptr;
+    check_torch(aoti_torch_library_init_impl("fitcompress", device, __FILE__, __LINE__, &kernels),
+                "the registration of kernels");
+    for (const Kernel& kernel : kKernels) {
+      check_torch(torch_library_impl(kernels, kernel.name, kernel.function, kAbiVersion),
+                  kernel.name);
+    }
+  }
+}
+
+}  // namespace
+
+#define FITCOMPRESS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Registers the ops, once; returns null, or what went wrong.
+FITCOMPRESS_EXPORT const char* fitcompress_register() {
+  static std::string problem;
+  static bool done = false;
+  if (done) return nullptr;
+  try {
+    register_ops();
+    done = true;
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+}
+
+FITCOMPRESS_EXPORT int fitcompress_has_cuda() { return sizeof(kDevices) / sizeof(*kDevices) > 1; }
+
+FITCOMPRESS_EXPORT const char* fitcompress_isa() { return name(isa()); }

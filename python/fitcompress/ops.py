@@ -1,0 +1,364 @@
+"""Native tensor operations: the inner loops of measuring, training and compensating.
+
+The kernels live in the shared library `_ops.so` and are registered with torch as
+`torch.ops.fitcompress.*` when this module is imported. They run on the CPU, on torch's
+own threads, and, in a build with CUDA (`has_cuda`), on CUDA tensors. Results do not
+depend on the number of threads. `fitcompress.reference` has the same functions in plain
+torch.
+
+Only `fake_quantize_prune` has a gradient; the other functions detach their arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "DistortionTable",
+    "distortion_table",
+    "error_feedback_sweep",
+    "fake_quantize_prune",
+    "has_cuda",
+    "instruction_set",
+    "pack_mask",
+    "square_accumulate_",
+    "unpack_mask",
+]
+
+
+class DistortionTable(NamedTuple):
+    """What each of G grids costs at each of S sparsities; all tensors are [G, S].
+
+    θ̂ is the weight after prune-then-quantize, F the Fisher diagonal.
+    """
+
+    distortion: Tensor
+    """D = ½ Σ F (θ − θ̂)², float64; in nats if F is in nats²."""
+    nnz: Tensor
+    """Number of non-zero codes, int64."""
+    entropy_bits: Tensor
+    """Number of weights × order-0 entropy of the codes, float64, in bits."""
+    grid_length: Tensor
+    """Σ F (θ̂_g − θ̂_{g+1})² at the same mask, float64; 0 for the last grid."""
+    prune_length: Tensor
+    """Σ F θ̂² over weights that leave at the next sparsity; 0 for the last one."""
+    norm: Tensor
+    """Σ F θ̂², float64."""
+
+
+def has_cuda() -> bool:
+    """Tell whether the CUDA kernels were compiled into this installation."""
+    return bool(_library.fitcompress_has_cuda())
+
+
+def instruction_set() -> str:
+    """Name the instruction set that the CPU kernels run on.
+
+    Returns:
+        `avx512`, `avx2` or `default`. The environment variable `FITCOMPRESS_ISA`, set
+        before the first call, lowers the choice.
+    """
+    name: bytes = _library.fitcompress_isa()
+    return name.decode()
+
+
+def square_accumulate_(moment: Tensor, output_grad: Tensor, input: Tensor) -> None:
+    """Add the squared per-sample weight gradients of a linear map to `moment`.
+
+    moment += Σ_b (E_bᵀ A_b)∘², with E_b = output_grad[b] in R^{P×O} and
+    A_b = input[b] in R^{P×I}: sample b sees P positions (tokens, or patches of a
+    convolution), and E_bᵀ A_b is the gradient of its loss for the weight. Products are
+    summed in float32, samples in float64; no [B, O, I] tensor exists.
+
+    Args:
+        moment: [O, I], float32 or float64; changed in place.
+        output_grad: [B, P, O], float32, bfloat16 or float16.
+        input: [B, P, I], of the same type.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit.
+
+    Source: the empirical Fisher diagonal as used by FIT (Zandonati et al., 2022,
+    arXiv 2210.08502).
+    """
+    torch.ops.fitcompress.square_accumulate_(
+        moment, output_grad.detach(), input.detach()
+    )
+
+
+def distortion_table(
+    weight: Tensor,
+    fisher: Tensor | None,
+    importance: Tensor,
+    bits: Sequence[int],
+    steps: Sequence[float],
+    sparsities: Sequence[float],
+) -> DistortionTable:
+    """Tabulate what every weight grid costs at every sparsity.
+
+    The mask at sparsity s drops the ⌊s·n⌋ weights of lowest importance (ties: the lower
+    flat index first). Grids, in this order:
+
+    - b bits: per row Δ_r = max|w_r| / (2^{b−1} − 1) over all weights of the row, codes
+      clip(round(w/Δ_r), ±(2^{b−1} − 1));
+    - step Δ: codes round(w/Δ) without bounds.
+
+    Rounding is half to even, values are float32, sums float64.
+
+    Args:
+        weight: [R, N], float32, bfloat16 or float16; rows are output channels.
+        fisher: [R, N] float32, F ≥ 0 in nats²; None for 1 everywhere.
+        importance: [R, N] float32, ≥ 0.
+        bits: Bits of the fixed-point grids, 2 to 16.
+        steps: Steps Δ > 0 of the entropy-coded grids.
+        sparsities: Shares of weights to drop, ascending, in [0, 1).
+
+    Returns:
+        Six tables of shape [len(bits) + len(steps), len(sparsities)].
+
+    Raises:
+        ValueError: If shapes, types, devices or values do not fit, a weight is not
+            finite, or a step gives codes beyond 2²².
+
+    Source: section "Distortion" of FITCompress (Zandonati et al., 2023,
+    arXiv 2302.07612), computed for all levels at once.
+    """
+    tables = torch.ops.fitcompress.distortion_table(
+        weight.detach(),
+        None if fisher is None else fisher.detach(),
+        importance.detach(),
+        list(bits),
+        list(steps),
+        list(sparsities),
+    )
+    return DistortionTable(*tables)
+
+
+def fake_quantize_prune(
+    weight: Tensor, scale: Tensor, mask: Tensor | None = None, max_code: int = 0
+) -> Tensor:
+    """Round a weight to its grid and drop what the mask does not keep.
+
+    ŵ = mask · Δ · clip(round(w/Δ), −q, q), half to even; rows with Δ ≤ 0 become 0.
+    Gradients, where k = round(w/Δ) and mask is 1:
+
+    - weight: the incoming gradient if |k| ≤ q, else 0 (straight-through);
+    - scale: Σ grad · (k − w/Δ if |k| ≤ q, else ±q) (LSQ).
+
+    Args:
+        weight: Any shape, float32, bfloat16 or float16; the first dimension are rows.
+        scale: Δ, float32, one element or one a row.
+        mask: Bits of `pack_mask`, uint8 [⌈n/8⌉]; None keeps all.
+        max_code: q; unbounded if not positive.
+
+    Returns:
+        ŵ, contiguous, with the shape and type of the weight.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit.
+
+    Source: Learned step size quantization (Esser et al., 2020, arXiv 1902.08153).
+    """
+    result: Tensor = torch.ops.fitcompress.fake_quantize_prune(
+        weight, scale, mask, max_code
+    )
+    return result
+
+
+def error_feedback_sweep(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    max_code: int = 0,
+) -> Tensor:
+    """Quantize column by column and spread each error over the later columns.
+
+    For j = 0 … N−1: k_j = clip(round(w_j/Δ), −q, q), or 0 where masked or Δ ≤ 0; then
+    w_{j'} −= (w_j − k_j Δ) / U_jj · U_jj' for all j' > j.
+
+    Args:
+        weight: [R, N] float64, columns in the order of the sweep.
+        factor: U, [N, N] float64, upper triangular, UᵀU = H⁻¹, H the second moments of
+            the inputs.
+        scale: Δ, float64, one element or one a row.
+        mask: [R, N] bool or uint8, non-zero keeps; None keeps all.
+        max_code: q; unbounded if not positive.
+
+    Returns:
+        Codes k, int32 [R, N].
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or a code is not a finite
+            32-bit integer.
+
+    Source: Optimal Brain Compression (Frantar, Singh and Alistarh, 2022,
+    arXiv 2208.11580) and GPTQ (Frantar et al., 2022, arXiv 2210.17323).
+    """
+    codes: Tensor = torch.ops.fitcompress.error_feedback_sweep(
+        weight.detach(), factor.detach(), scale.detach(), mask, max_code
+    )
+    return codes
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a mask into bits, in the order of the flat contiguous mask.
+
+    Args:
+        mask: Any shape; non-zero keeps.
+
+    Returns:
+        uint8 [⌈n/8⌉]: element i is bit i mod 8 of byte ⌊i/8⌋; unused bits are 0.
+
+    Example:
+        >>> pack_mask(torch.tensor([[1, 0, 1], [1, 0, 0]])).tolist()
+        [13]
+    """
+    bits = (mask != 0).flatten().to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack the bits of `pack_mask`.
+
+    Args:
+        packed: uint8 [⌈n/8⌉].
+        shape: Shape of the mask; n is the product of its elements.
+
+    Returns:
+        The mask, bool, of that shape.
+
+    Raises:
+        ValueError: If the number of bytes does not fit the shape.
+
+    Example:
+        >>> unpack_mask(torch.tensor([13], dtype=torch.uint8), (2, 3)).int().tolist()
+        [[1, 0, 1], [1, 0, 0]]
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    if packed.dtype != torch.uint8 or packed.shape != ((count + 7) // 8,):
+        message = (
+            f"unpack_mask: a mask of shape {list(shape)} takes uint8 "
+            f"[{(count + 7) // 8}], got {packed.dtype} {list(packed.shape)}"
+        )
+        raise ValueError(message)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] >> shifts) & 1
+    return bits.flatten()[:count].bool().view(*shape)
+
+
+def _load_library() -> ctypes.CDLL:
+    """Load `_ops.so` and let it register its operators with the torch in use."""
+    spec = importlib.util.find_spec("fitcompress._ops")
+    if spec is None or spec.origin is None:
+        message = (
+            "fitcompress was installed without its native library _ops.so; "
+            "install it with `pip install .` in the source folder"
+        )
+        raise ImportError(message)
+    version = torch.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
+        message = f"fitcompress needs torch 2.10 or newer, found {version}"
+        raise ImportError(message)
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        message = f"{spec.origin} does not load beside torch {version}: {error}"
+        raise ImportError(message) from error
+    library.fitcompress_register.restype = ctypes.c_char_p
+    library.fitcompress_isa.restype = ctypes.c_char_p
+    problem = library.fitcompress_register()
+    if problem is not None:
+        message = f"torch {version} rejects the operators: {problem.decode()}"
+        raise ImportError(message)
+    return library
+
+
+def _fake_square_accumulate_(
+    moment: Tensor, output_grad: Tensor, input: Tensor
+) -> None:
+    pass
+
+
+def _fake_distortion_table(
+    weight: Tensor,
+    fisher: Tensor | None,
+    importance: Tensor,
+    bits: Sequence[int],
+    steps: Sequence[float],
+    sparsities: Sequence[float],
+) -> tuple[Tensor, ...]:
+    cells = (len(bits) + len(steps), len(sparsities))
+    real, count = torch.float64, torch.int64
+    return tuple(
+        weight.new_empty(cells, dtype=dtype)
+        for dtype in (real, count, real, real, real, real)
+    )
+
+
+def _fake_fake_quantize_prune(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, max_code: int
+) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _fake_fake_quantize_prune_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, mask: Tensor | None, max_code: int
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        torch.empty_like(scale, memory_format=torch.contiguous_format),
+    )
+
+
+def _fake_error_feedback_sweep(
+    weight: Tensor, factor: Tensor, scale: Tensor, mask: Tensor | None, max_code: int
+) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.int32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, scale, mask, ctx.max_code = inputs
+    ctx.save_for_backward(weight, scale, mask)
+
+
+def _backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    weight, scale, mask = ctx.saved_tensors
+    grad_weight, grad_scale = torch.ops.fitcompress.fake_quantize_prune_backward(
+        grad, weight, scale, mask, ctx.max_code
+    )
+    return grad_weight, grad_scale, None, None
+
+
+def _register_python_side() -> None:
+    """Add what torch needs to trace and differentiate the operators."""
+    register_fake = torch.library.register_fake
+    register_fake("fitcompress::square_accumulate_", _fake_square_accumulate_)
+    register_fake("fitcompress::distortion_table", _fake_distortion_table)
+    register_fake("fitcompress::fake_quantize_prune", _fake_fake_quantize_prune)
+    register_fake(
+        "fitcompress::fake_quantize_prune_backward", _fake_fake_quantize_prune_backward
+    )
+    register_fake("fitcompress::error_feedback_sweep", _fake_error_feedback_sweep)
+    torch.library.register_autograd(
+        "fitcompress::fake_quantize_prune", _backward, setup_context=_setup_context
+    )
+
+
+_library = _load_library()
+_register_python_side()

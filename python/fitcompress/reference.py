@@ -1,0 +1,163 @@
+"""Plain-torch twins of the native tensor ops: short, slow, and the oracle of the tests.
+
+Every function has the name, arguments and results of its twin in `fitcompress.ops`,
+where formulas, shapes and units are documented. None of them checks its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from fitcompress.ops import DistortionTable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def square_accumulate_(moment: Tensor, output_grad: Tensor, input: Tensor) -> None:
+    """Add the squared per-sample gradients of a linear map to `moment`."""
+    per_sample = torch.einsum("bpo,bpi->boi", output_grad.float(), input.float())
+    moment.copy_(moment.double() + per_sample.double().square().sum(0))
+
+
+def distortion_table(
+    weight: Tensor,
+    fisher: Tensor | None,
+    importance: Tensor,
+    bits: Sequence[int],
+    steps: Sequence[float],
+    sparsities: Sequence[float],
+) -> DistortionTable:
+    """Tabulate distortion and storage of every grid at every sparsity, one by one."""
+    theta = weight.float()
+    count = theta.numel()
+    sensitivity = (torch.ones_like(theta) if fisher is None else fisher).double()
+    order = importance.flatten().argsort(stable=True)
+    masks = []
+    for sparsity in sparsities:
+        keep = theta.new_ones(count, dtype=torch.bool)
+        keep[order[: math.floor(sparsity * count)]] = False
+        masks.append(keep.view_as(theta))
+
+    codes, values = [], []
+    row_max = theta.abs().amax(1, keepdim=True) if count else theta[:, :0]
+    for b in bits:
+        limit = 2 ** (b - 1) - 1
+        delta = row_max / limit
+        codes.append(_codes(theta, delta, limit))
+        values.append(codes[-1] * delta)
+    for step in steps:
+        delta = torch.tensor(step, dtype=torch.float32, device=theta.device)
+        codes.append(_codes(theta, delta, 0))
+        values.append(codes[-1] * delta)
+
+    def squared(difference: Tensor, where: Tensor) -> Tensor:
+        return (sensitivity * difference.double().square() * where).sum()
+
+    cells = (len(codes), len(masks))
+    table = DistortionTable(
+        distortion=theta.new_zeros(cells, dtype=torch.float64),
+        nnz=theta.new_zeros(cells, dtype=torch.int64),
+        entropy_bits=theta.new_zeros(cells, dtype=torch.float64),
+        grid_length=theta.new_zeros(cells, dtype=torch.float64),
+        prune_length=theta.new_zeros(cells, dtype=torch.float64),
+        norm=theta.new_zeros(cells, dtype=torch.float64),
+    )
+    everywhere = torch.ones_like(theta, dtype=torch.bool)
+    for g, value in enumerate(values):
+        for s, keep in enumerate(masks):
+            kept_codes = codes[g] * keep
+            table.distortion[g, s] = 0.5 * squared(theta - value * keep, everywhere)
+            table.norm[g, s] = squared(value, keep)
+            table.nnz[g, s] = kept_codes.count_nonzero()
+            table.entropy_bits[g, s] = _entropy_bits(kept_codes)
+            if g + 1 < len(values):
+                table.grid_length[g, s] = squared(value - values[g + 1], keep)
+            if s + 1 < len(masks):
+                table.prune_length[g, s] = squared(value, keep & ~masks[s + 1])
+    return table
+
+
+def fake_quantize_prune(
+    weight: Tensor, scale: Tensor, mask: Tensor | None = None, max_code: int = 0
+) -> Tensor:
+    """Round the weight to its grid and drop what the mask does not keep."""
+    delta = _per_row(scale, weight)
+    codes = _codes(weight.float(), delta, max_code)
+    kept = torch.where(_keep(mask, weight), codes * delta, 0.0)
+    return kept.to(weight.dtype).contiguous()
+
+
+def fake_quantize_prune_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    max_code: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Compute the straight-through and the LSQ gradient of `fake_quantize_prune`."""
+    delta = _per_row(scale, weight)
+    position = weight.float() / delta
+    codes = _codes(weight.float(), delta, max_code)
+    inside = position.round() == codes
+    kept = torch.where(_keep(mask, weight) & (delta > 0), grad.float(), 0.0)
+    grad_weight = torch.where(inside, kept, 0.0).to(weight.dtype).contiguous()
+    terms = torch.where(kept == 0, 0.0, torch.where(inside, codes - position, codes))
+    terms = (kept * terms).double()
+    rows = terms.reshape(scale.numel(), -1) if scale.numel() else terms
+    return grad_weight, rows.sum(1).reshape(scale.shape).float()
+
+
+def error_feedback_sweep(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    max_code: int = 0,
+) -> Tensor:
+    """Quantize column by column and spread each error over the later columns."""
+    work = weight.clone()
+    delta = scale.reshape(-1).expand(weight.shape[0])
+    codes = torch.zeros_like(weight, dtype=torch.int32)
+    for j in range(weight.shape[1]):
+        code = _codes(work[:, j], delta, max_code)
+        if mask is not None:
+            code = torch.where(mask[:, j].bool(), code, 0.0)
+        codes[:, j] = code.int()
+        error = (work[:, j] - code * delta) / factor[j, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return codes
+
+
+def _codes(weight: Tensor, delta: Tensor, max_code: int) -> Tensor:
+    codes = (weight / delta).round()
+    if max_code > 0:
+        codes = codes.clamp(-max_code, max_code)
+    return torch.where(delta > 0, codes, 0.0) + 0.0  # no −0
+
+
+def _per_row(scale: Tensor, weight: Tensor) -> Tensor:
+    if scale.numel() == 1:
+        return scale.reshape([1] * weight.dim())
+    return scale.reshape([-1] + [1] * (weight.dim() - 1))
+
+
+def _keep(mask: Tensor | None, weight: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones_like(weight, dtype=torch.bool)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask[:, None] >> shifts) & 1
+    return bits.flatten()[: weight.numel()].bool().reshape(weight.shape)
+
+
+def _entropy_bits(codes: Tensor) -> float:
+    if codes.numel() == 0:
+        return 0.0
+    _, counts = torch.unique(codes, return_counts=True)
+    share = counts.double() / codes.numel()
+    return max(0.0, -float((counts * share.log2()).sum()))

@@ -14,14 +14,20 @@ namespace py = pybind11;
 namespace fitcompress {
 namespace {
 
+std::string dtype_name(const py::array& array) { return py::str(py::object(array.dtype())); }
+
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-py::bytes encode(const Array<std::int32_t>& codes) {
-  if (codes.ndim() != 2) {
-    throw py::value_error("codes: got " + std::to_string(codes.ndim()) +
+py::bytes encode(const py::array& any) {
+  if (!any.dtype().equal(py::dtype::of<std::int32_t>())) {
+    throw py::type_error("codes: got dtype " + dtype_name(any) + ", wanted int32");
+  }
+  if (any.ndim() != 2) {
+    throw py::value_error("codes: got " + std::to_string(any.ndim()) +
                           " dimensions, wanted 2 (rows, cols)");
   }
+  const Array<std::int32_t> codes(any);
   std::vector<std::uint8_t> bytes;
   {
     py::gil_scoped_release unlocked;
@@ -32,16 +38,13 @@ py::bytes encode(const Array<std::int32_t>& codes) {
 
 py::array_t<std::int32_t> decode(const py::bytes& data, std::int64_t rows, std::int64_t cols) {
   const std::string_view view = data;
-  if (rows < 0 || cols < 0) {
-    throw py::value_error("shape: got (" + std::to_string(rows) + ", " + std::to_string(cols) +
-                          "), wanted no negative number");
-  }
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(view.data());
+  check_stream(bytes, view.size(), rows, cols);
   py::array_t<std::int32_t> codes({rows, cols});
   std::int32_t* out = codes.mutable_data();
   {
     py::gil_scoped_release unlocked;
-    decode_weights(reinterpret_cast<const std::uint8_t*>(view.data()), view.size(), rows, cols,
-                   out);
+    decode_weights(bytes, view.size(), rows, cols, out);
   }
   return codes;
 }
@@ -52,7 +55,7 @@ py::array_t<std::int32_t> decode(const py::bytes& data, std::int64_t rows, std::
 PYBIND11_MODULE(_core, m) {
   using namespace fitcompress;
   m.doc() = "Path search and entropy coder of fitcompress, without torch.";
-  m.def("encode", &encode, py::arg("codes").noconvert(), py::pos_only(),
+  m.def("encode", &encode, py::arg("codes"), py::pos_only(),
         "Integer codes [rows, cols] int32 as bytes.");
   m.def("decode", &decode, py::arg("data"), py::arg("rows"), py::arg("cols"),
         "The codes [rows, cols] that encode() turned into these bytes.");

@@ -1,0 +1,33 @@
+"""Types of the native module ``_core``: entropy coder and path search, without torch."""
+
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class PathResult(TypedDict):
+    grids: NDArray[np.int64]
+    sparsity: int
+    length: float
+    distortion: float
+    cost: int
+    expansions: int
+    status: Literal["reached", "exhausted", "limit"]
+    moves: list[tuple[int, int]]
+
+def encode(codes: NDArray[np.int32], /) -> bytes: ...
+def decode(data: bytes, rows: int, cols: int) -> NDArray[np.int32]: ...
+def path_search(
+    grid_length: NDArray[np.float64],
+    prune_length: NDArray[np.float64],
+    norm: NDArray[np.float64],
+    distortion: NDArray[np.float64],
+    cost: NDArray[np.int64],
+    start_length: float,
+    budget: int,
+    reference_cost: int,
+    lam: float,
+    mode: Literal["greedy", "beam", "best_first"],
+    beam_width: int,
+    max_expansions: int,
+) -> PathResult: ...

@@ -1,0 +1,41 @@
+"""Joint pruning and mixed-precision quantization of trained PyTorch networks.
+
+>>> import fitcompress as fc
+>>> fc.Budget(size="5%").size_bytes(dense_bytes=1000)
+50
+"""
+
+from fitcompress import methods, ops
+from fitcompress.compensate import apply
+from fitcompress.compress import compress
+from fitcompress.quantize import remove
+from fitcompress.report import report
+from fitcompress.search import Budget, Level, Plan, pareto, search
+from fitcompress.sensitivity.measure import measure
+from fitcompress.sensitivity.table import Grid, Sensitivity
+from fitcompress.storage.save_load import load, save
+from fitcompress.train import evaluate, finetune
+from fitcompress.versions import __version__, show_versions
+
+__all__ = [
+    "Budget",
+    "Grid",
+    "Level",
+    "Plan",
+    "Sensitivity",
+    "__version__",
+    "apply",
+    "compress",
+    "evaluate",
+    "finetune",
+    "load",
+    "measure",
+    "methods",
+    "ops",
+    "pareto",
+    "remove",
+    "report",
+    "save",
+    "search",
+    "show_versions",
+]

@@ -1,0 +1,75 @@
+"""``compress``: measure, search and apply in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fitcompress.compensate import apply
+from fitcompress.errors import BudgetExceededError
+from fitcompress.search import Budget, search
+from fitcompress.sensitivity.measure import measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from fitcompress.search.problem import Family
+    from fitcompress.search.search import Method
+
+__all__ = ["compress"]
+
+RETRIES = 4
+
+
+def compress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    budget: Budget,
+    *,
+    method: Method | None = None,
+    family: Family | None = None,
+    samples: int | None = 1024,
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    """Return a compressed copy of ``model`` under ``budget``: no labels, no training.
+
+    The same as :func:`measure` with labels sampled from the model, :func:`search` and
+    :func:`apply` with calibration. Where a fixed-point plan turns out a little larger in
+    the file than predicted, the search is repeated with that much less.
+
+    Args:
+        model: The trained network; unchanged.
+        loader: Yields inputs from the training distribution; iterated twice.
+        budget: The bound.
+        method: As for :func:`search`.
+        family: As for :func:`search`.
+        samples: Inputs used to calibrate; half as many measure the sensitivity.
+        seed: Seeds the sampled labels.
+        progress: Show bars with the time left.
+
+    Returns:
+        What :func:`apply` returns, ready for :func:`save` or :func:`finetune`.
+
+    Raises:
+        FitcompressError: As :func:`measure`, :func:`search` and :func:`apply` do.
+
+    Example:
+        >>> import torch, fitcompress as fc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
+        >>> small = fc.compress(net, [torch.randn(64, 64)], fc.Budget(size="20%"), progress=False)
+    """
+    half = None if samples is None else max(1, samples // 2)
+    table = measure(model, loader, samples=half, seed=seed, progress=progress)
+    limit = None
+    for _ in range(RETRIES):
+        tightened = budget if limit is None else Budget(size=limit)
+        plan = search(table, tightened, method=method, family=family)
+        try:
+            return apply(model, plan, loader, samples=samples, progress=progress)
+        except BudgetExceededError as error:
+            allowed = budget.size_bytes(table.dense_bytes)
+            limit = int((limit or allowed) * allowed / error.size_bytes * 0.998)
+            last = error
+    raise last

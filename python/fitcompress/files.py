@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from fitcompress.errors import OutputError
+
+__all__ = ["check_writable", "read_bytes", "write_atomically"]
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if a file can be written there, before any work is spent on it.
+
+    Args:
+        path: The file to be written later; need not exist.
+
+    Returns:
+        The path as a ``Path``.
+
+    Raises:
+        OutputError: The folder is missing or not writable, or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(
+            f"cannot write {path}", got="a folder", wanted="a file name", fix="name a file inside it"
+        )
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fitcompress-"):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}",
+            got=error.strerror or type(error).__name__,
+            wanted="a folder that exists and can be written to",
+            fix=f"create {path.parent} or choose another place",
+        ) from error
+    return path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and are
+    renamed over ``path``; a kill at any time leaves no half-written file under that name.
+
+    Args:
+        path: The file to write.
+        data: Its whole content.
+
+    Raises:
+        OutputError: The folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}-", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise OutputError(
+            f"cannot write {path}",
+            got=error.strerror or type(error).__name__,
+            wanted="a folder that exists, can be written to and has room",
+            fix=f"check {path.parent}, or choose another place",
+        ) from error
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of ``path``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    return Path(path).read_bytes()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,93 @@
+"""What a layer costs: multiply-accumulates, bit operations, bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fitcompress.model.layers import Layer, compressible_layers
+from fitcompress.model.patches import output_columns
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["bops", "count_macs", "dense_bytes", "overhead_bytes"]
+
+
+def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Return the multiply-accumulates of every compressible layer for *one* sample.
+
+    A convolution costs P·O·I (P output positions, O output channels, I inputs of one
+    output); a layer that is used twice counts twice.
+
+    Args:
+        model: The network.
+        inputs: One batch, as the model takes it.
+
+    Returns:
+        Layer name → multiply-accumulates of one sample.
+    """
+    layers = compressible_layers(model)
+    macs = {layer.name: 0 for layer in layers}
+    handles = []
+    for layer in layers:
+
+        def count(
+            module: nn.Module, _: Any, out: torch.Tensor, name: str = layer.name,
+            columns: int = layer.columns,
+        ) -> None:
+            columns_out = output_columns(module, out)
+            groups, _, positions, rows = columns_out.shape
+            macs[name] += groups * positions * rows * columns
+
+        handles.append(layer.module.register_forward_hook(count))
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+def bops(macs: int, weight_bits: float, activation_bits: float = 32) -> int:
+    """Return bit operations, MACs · weight bits · activation bits (float32 = 32 · 32)."""
+    return round(macs * weight_bits * activation_bits)
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Return the float32 bytes of all parameters of ``model``, shared ones once.
+
+    The reference of every size in per cent: 4 · number of parameters. Buffers such as
+    running means do not count here, but they do in the packed file.
+    """
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
+    """Return about what a packed file holds besides codes.
+
+    Two 16-bit numbers per channel of a batch norm, 16 bits for every other float, other
+    dtypes as they are; 4 bytes checksum per layer; about 20 bytes of index per tensor.
+    """
+    coded = {id(layer.weight) for layer in layers}
+    total, tensors, seen = 0, 0, set()
+    for module in model.modules():
+        norm = isinstance(module, _BatchNorm) and module.running_mean is not None
+        if norm and module.weight is not None:
+            total, tensors = total + 4 * module.weight.numel(), tensors + 1
+            continue
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in own:
+            if id(tensor) in coded or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            width = 2 if tensor.is_floating_point() else tensor.element_size()
+            total, tensors = total + width * tensor.numel(), tensors + 1
+    return total + 360 + 4 * len(layers) + 20 * (tensors + len(layers))

@@ -1,0 +1,154 @@
+"""Which layers can be compressed, and the matrix that each one's weight is.
+
+A weight is seen as a matrix of ``rows`` output channels by ``columns`` inputs (input
+channels of the group × kernel positions): codes, masks, Fisher moments and compensation
+all work on that view, ``weight.flatten(1)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fitcompress.errors import NoCompressibleLayerError, NonFiniteError
+
+__all__ = ["Layer", "check_finite", "compressible_layers", "fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+COMPRESSIBLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One compressible layer.
+
+    Attributes:
+        name: Qualified name of the module, as in ``model.named_modules()``.
+        module: The module itself; its ``weight`` is what is compressed.
+        groups: Groups of a convolution, 1 otherwise.
+    """
+
+    name: str
+    module: nn.Module
+    groups: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as the module uses it."""
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.weight.shape)
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one output: input channels of its group × kernel positions."""
+        return self.size // self.rows
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.weight.numel()
+
+    def matrix(self) -> torch.Tensor:
+        """The weight, detached, as a float32 matrix [rows, columns]."""
+        return self.weight.detach().flatten(1).float()
+
+
+def compressible_layers(model: nn.Module) -> list[Layer]:
+    """Return the layers of ``model`` that can be compressed, in the order of the model.
+
+    Linear and 1-, 2- and 3-dimensional convolutions with any stride, padding, dilation
+    and groups. A weight that several modules share is left alone and stays in float.
+
+    Args:
+        model: The trained network.
+
+    Returns:
+        At least one layer.
+
+    Raises:
+        NoCompressibleLayerError: There is none.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, COMPRESSIBLE) or ".parametrizations." in name:
+            continue
+        if not _usable(name, module, owners):
+            continue
+        layers.append(Layer(name, module, getattr(module, "groups", 1)))
+    if not layers:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        raise NoCompressibleLayerError(
+            "the model has no layer that can be compressed",
+            got=f"modules of type {', '.join(kinds)}",
+            wanted="at least one Linear, Conv1d, Conv2d or Conv3d with a float weight of its own",
+            fix="pass the network itself, not a wrapper or a scripted or quantized copy of it",
+        )
+    return layers
+
+
+def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        return True
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS:
+        return False
+    if owners[id(weight)] > 1:
+        logger.info("%s shares its weight with another module and stays in float", name)
+        return False
+    return weight.numel() > 0
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise if a parameter or buffer of ``model`` is NaN or infinite.
+
+    Raises:
+        NonFiniteError: Names the first such tensor and counts its bad entries.
+    """
+    for name, tensor in model.state_dict().items():
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            continue
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{name} has values that are NaN or infinite",
+                got=f"{bad} of {tensor.numel()}",
+                wanted="finite numbers only",
+                fix="load the checkpoint again or train with a smaller learning rate",
+            )
+
+
+def fingerprint(model: nn.Module, layers: list[Layer]) -> str:
+    """Return a short hash of the layers' names and shapes and of every value in the model.
+
+    Recognises checkpoints: equal for the same model with the same weights only.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([[layer.name, layer.shape] for layer in layers]).encode())
+    for name, tensor in model.state_dict().items():
+        if torch.is_tensor(tensor):
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(name.encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,115 @@
+"""Weights held on a grid by a parametrization.
+
+    ŵ = mask ∘ Δ · clip(round(w / Δ), −q, q)
+
+with w the latent weight, one Δ for the tensor or one per output channel, and q = ∞ for
+entropy-coded steps. Any model, ``torch.compile``, ``state_dict`` and every training loop
+keep working; :func:`remove` gives plain modules back with exactly the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fitcompress import ops
+
+if TYPE_CHECKING:
+    from fitcompress.search.plan import Level
+
+__all__ = ["WeightGrid", "attach_grid", "grid_of", "remove", "row_scales"]
+
+
+class WeightGrid(nn.Module):
+    """Parametrization that puts a weight on a grid, with straight-through gradients.
+
+    Args:
+        scale: Δ, float32, one number or one per output channel; 0 makes a row zero.
+        max_code: q, the largest |code|; 0 for unbounded.
+        mask: What stays, bool in the weight's shape, or None for everything.
+    """
+
+    scale: torch.Tensor
+    mask: torch.Tensor | None
+
+    def __init__(
+        self, scale: torch.Tensor, max_code: int = 0, mask: torch.Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.detach().float().reshape(-1).clone())
+        self.register_buffer("mask", None if mask is None else ops.pack_mask(mask))
+        self.max_code = max_code
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight on the grid."""
+        return ops.fake_quantize_prune(weight, self.scale, self.mask, self.max_code)
+
+    def codes(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Return the integers k of weights Δ·k on the grid, int32 [rows, columns]."""
+        rows = quantized.detach().flatten(1).float()
+        scale = self.scale.reshape(-1, 1)
+        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return torch.where(scale > 0, (rows / safe).round(), torch.zeros_like(rows)).int()
+
+    def extra_repr(self) -> str:
+        """Describe the grid for ``print(model)``."""
+        masked = "" if self.mask is None else ", masked"
+        return f"scales={self.scale.numel()}, max_code={self.max_code or '∞'}{masked}"
+
+
+def attach_grid(module: nn.Module, grid: WeightGrid, weight: torch.Tensor) -> None:
+    """Put ``module.weight`` on ``grid``, with ``weight`` as its latent value."""
+    parameter = cast("nn.Parameter", module.weight)
+    with torch.no_grad():
+        parameter.copy_(weight.reshape(parameter.shape).to(parameter.dtype))
+    # unsafe: the op returns the same shape and dtype, a trial call would cost a pass.
+    parametrize.register_parametrization(module, "weight", grid, unsafe=True)
+
+
+def grid_of(module: nn.Module) -> WeightGrid | None:
+    """Return the grid of ``module.weight``, or None."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = cast("nn.ModuleDict", module.parametrizations)["weight"]
+    return next((p for p in cast("nn.ModuleList", chain) if isinstance(p, WeightGrid)), None)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Make the weights of ``model`` plain again, in place, with exactly the same values.
+
+    Returns:
+        The same model, without parametrizations of this package.
+    """
+    for module in list(model.modules()):
+        if grid_of(module) is not None:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return model
+
+
+def row_scales(matrix: torch.Tensor, level: Level) -> tuple[torch.Tensor, int]:
+    """Return the scales and the largest code of a level for one weight matrix.
+
+    Args:
+        matrix: The weight, [rows, columns].
+        level: The level. A step is the scale itself; for b bits the scale of a row is
+            max|w| / (2^(b−1) − 1), rounded up to 16 bits as it is stored.
+
+    Returns:
+        Scales, float32 [1] or [rows], and q (0 for unbounded).
+    """
+    if level.grid.step is not None:
+        return torch.tensor([level.grid.step], dtype=torch.float32), 0
+    assert level.grid.bits is not None
+    q = 2 ** (level.grid.bits - 1) - 1
+    return half_up(matrix.abs().amax(1) / q), q
+
+
+def half_up(scale: torch.Tensor) -> torch.Tensor:
+    """Round positive numbers to float16 so that no weight leaves the range by rounding."""
+    rounded = scale.half()
+    more = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    rounded = torch.where(rounded.float() < scale, more, rounded)
+    return torch.where(torch.isfinite(rounded), rounded.float(), scale)

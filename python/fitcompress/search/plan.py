@@ -1,0 +1,196 @@
+"""The ``Plan`` value: one level for every layer, and what it is expected to cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fitcompress.errors import FormatError, PlanMismatchError
+from fitcompress.files import write_atomically
+from fitcompress.sensitivity.table import Grid
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["Level", "Plan"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """What becomes of one layer.
+
+    Attributes:
+        grid: Where its weights may lie.
+        sparsity: Share of its weights that a mask drops, in [0, 1); weights that merely
+            round to zero come on top.
+        shape: Shape of the weight, to recognise the model.
+        distortion: Predicted rise of the loss, nats.
+        size_bits: Predicted bits in the file.
+        bops: Predicted bit operations of one sample.
+    """
+
+    grid: Grid
+    sparsity: float
+    shape: tuple[int, ...]
+    distortion: float = 0.0
+    size_bits: int = 0
+    bops: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1:
+            msg = f"sparsity must be between 0 and 1; got {self.sparsity}"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A level for every compressible layer.
+
+    Attributes:
+        levels: Layer name → level, in the order of the model.
+        method: What chose it.
+        distortion: Predicted rise of the mean loss, Σ_l D_l, nats.
+        size_bytes: Predicted bytes of the packed file.
+        bops: Predicted bit operations of one sample.
+        limit_bytes: Bytes that the packed file may not exceed, or None.
+        status: ``"OPTIMAL"`` or ``"FEASIBLE"``, for the objective of the method.
+        gap: Proven relative distance from that optimum, or None if nothing is proven.
+        details: What the method wants to tell: expansions, path length, objective.
+    """
+
+    levels: dict[str, Level]
+    method: str = "given"
+    distortion: float = 0.0
+    size_bytes: int = 0
+    bops: int = 0
+    limit_bytes: int | None = None
+    status: str = "FEASIBLE"
+    gap: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            msg = "a plan needs at least one level"
+            raise ValueError(msg)
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise unless the plan is for a model with these compressible layers.
+
+        Raises:
+            PlanMismatchError: Names the first layer that is missing, extra or of another
+                shape.
+        """
+        fix = "use the plan with the model that it was searched for, or search again"
+        for name, level in self.levels.items():
+            if name not in shapes:
+                raise PlanMismatchError(
+                    f"the plan has a layer {name!r} that the model lacks",
+                    got=f"a model with layers {', '.join(list(shapes)[:4])}, …",
+                    wanted=f"layers {', '.join(list(self.levels)[:4])}, …",
+                    fix=fix,
+                )
+            if tuple(shapes[name]) != level.shape:
+                raise PlanMismatchError(
+                    f"layer {name!r} has another shape than in the plan",
+                    got=tuple(shapes[name]),
+                    wanted=level.shape,
+                    fix=fix,
+                )
+        extra = [name for name in shapes if name not in self.levels]
+        if extra:
+            raise PlanMismatchError(
+                f"the model has a layer {extra[0]!r} that the plan lacks",
+                got=f"{len(shapes)} layers",
+                wanted=f"{len(self.levels)} layers",
+                fix=fix,
+            )
+
+    def summary(self) -> str:
+        """Return one line: method, status and gap, predicted loss rise, size, BOPs."""
+        gap = "" if self.gap is None else f", gap {100 * self.gap:.2g} %"
+        return (
+            f"{self.method}: {self.status}{gap}, predicted loss rise "
+            f"{self.distortion:.4g} nats, {self.size_bytes} bytes, {self.bops:.3g} BOPs"
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, the content of a plan file."""
+        levels = {
+            name: {
+                "bits": level.grid.bits,
+                "step": level.grid.step,
+                "sparsity": level.sparsity,
+                "shape": list(level.shape),
+                "distortion": level.distortion,
+                "size_bits": level.size_bits,
+                "bops": level.bops,
+            }
+            for name, level in self.levels.items()
+        }
+        values = {
+            "fitcompress_plan": VERSION,
+            "method": self.method,
+            "status": self.status,
+            "gap": self.gap,
+            "distortion": self.distortion,
+            "size_bytes": self.size_bytes,
+            "bops": self.bops,
+            "limit_bytes": self.limit_bytes,
+            "details": self.details,
+            "levels": levels,
+        }
+        return json.dumps(values, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that :meth:`to_json` wrote.
+
+        Raises:
+            FormatError: The text is no plan, or one of another version.
+        """
+        try:
+            values = json.loads(text)
+            version = values.pop("fitcompress_plan")
+            if version != VERSION:
+                raise FormatError("a plan of another version", got=version, wanted=VERSION)
+            levels = {}
+            for name, level in values.pop("levels").items():
+                grid = Grid(bits=level.pop("bits"), step=level.pop("step"))
+                shape = tuple(int(n) for n in level.pop("shape"))
+                levels[name] = Level(grid=grid, shape=shape, **level)
+            return cls(levels=levels, **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(
+                "this is no plan",
+                got=f"{type(error).__name__}: {str(error)[:200]}",
+                wanted="JSON as written by `fitcompress search`",
+                fix="run `fitcompress search` again",
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FormatError: It is no plan.
+        """
+        try:
+            text = Path(path).read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path} is no plan", got="bytes that are no text") from error
+        return cls.from_json(text)

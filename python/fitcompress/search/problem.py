@@ -1,0 +1,154 @@
+"""The table that a search method works on: L layers, each with its own choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fitcompress.errors import BudgetInfeasibleError
+from fitcompress.search.plan import Level, Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fitcompress.search.budget import Budget
+    from fitcompress.sensitivity.table import Sensitivity
+
+__all__ = ["Choice", "Family", "Problem", "make_problem"]
+
+Family = Literal["step", "bits", "any"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise Σ_l D_l(k_l) subject to Σ_l c_l(k_l) ≤ limit.
+
+    Attributes:
+        sensitivity: Where the numbers come from.
+        kind: The bounded cost, ``"size"`` or ``"bops"``.
+        limit: The bound on the sum of ``cost``, in bits or bit operations.
+        overhead: What every plan costs besides, in the same unit; taken off ``limit``.
+        grids: Indices of the grids that may be used, [G'].
+        cost: Cost of every cell, [L, G', S], integer.
+        distortion: Distortion of every cell, [L, G', S], nats.
+        limit_bytes: The bound on the file, if that is what is bounded.
+    """
+
+    sensitivity: Sensitivity
+    kind: str
+    limit: int
+    overhead: int
+    grids: NDArray[np.int64]
+    cost: NDArray[np.int64]
+    distortion: NDArray[np.float64]
+    limit_bytes: int | None
+
+    def smallest(self) -> int:
+        """Return the least cost that any plan has, in bytes or bit operations."""
+        total = int(self.cost.min(axis=(1, 2)).sum()) + self.overhead
+        return -(-total // 8) if self.kind == "size" else total
+
+    def check_feasible(self) -> None:
+        """Raise unless some plan meets the bound.
+
+        Raises:
+            BudgetInfeasibleError: Carries and names the smallest reachable cost.
+        """
+        if int(self.cost.min(axis=(1, 2)).sum()) <= self.limit:
+            return
+        unit = "bytes" if self.kind == "size" else "bit operations"
+        got = self.limit + self.overhead
+        got = got // 8 if self.kind == "size" else got
+        dense = self.sensitivity.dense_bytes
+        share = f" ({100 * self.smallest() / dense:.2f} %)" if self.kind == "size" else ""
+        raise BudgetInfeasibleError(
+            "no plan meets the budget",
+            smallest=self.smallest(),
+            got=f"{got} {unit}",
+            wanted=f"at least {self.smallest()} {unit}{share}, the smallest possible",
+            fix="raise the budget, or allow coarser grids and more sparsity in `measure`",
+        )
+
+    def plan(self, choice: Choice) -> Plan:
+        """Turn chosen cells into a plan."""
+        table, levels = self.sensitivity, {}
+        bops = table.bops()
+        for i, name in enumerate(table.names):
+            g, s = int(self.grids[choice.grid[i]]), int(choice.sparsity[i])
+            levels[name] = Level(
+                grid=table.grids[g],
+                sparsity=float(table.sparsity[i, s]),
+                shape=table.shapes[i],
+                distortion=float(table.distortion[i, g, s]),
+                size_bits=int(table.size_bits[i, g, s]),
+                bops=int(bops[i, g, s]),
+            )
+        bits = sum(level.size_bits for level in levels.values())
+        return Plan(
+            levels=levels,
+            method=choice.method,
+            distortion=sum(level.distortion for level in levels.values()),
+            size_bytes=-(-bits // 8) + table.overhead_bytes,
+            bops=sum(level.bops for level in levels.values()),
+            limit_bytes=self.limit_bytes,
+            status=choice.status,
+            gap=choice.gap,
+            details=choice.details,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method's answer: grid index (into ``Problem.grids``) and sparsity index, [L] each."""
+
+    grid: NDArray[np.int64]
+    sparsity: NDArray[np.int64]
+    method: str
+    status: str
+    gap: float | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None) -> Problem:
+    """Return the problem of meeting ``budget``.
+
+    Args:
+        sensitivity: The measured table.
+        budget: The bound.
+        family: Which grids may be used. None: entropy-coded steps for a bound on the
+            size, fixed-point bits for one on bit operations.
+
+    Raises:
+        ValueError: The table has no grid of that family.
+    """
+    family = family or ("step" if budget.kind == "size" else "bits")
+    grids = np.array(
+        [g for g, grid in enumerate(sensitivity.grids) if family in ("any", grid.family)],
+        dtype=np.int64,
+    )
+    if not len(grids):
+        msg = f"the sensitivity has no grid of family {family!r}; measure with some"
+        raise ValueError(msg)
+    limit_bytes = None
+    if budget.kind == "size":
+        limit_bytes = budget.size_bytes(sensitivity.dense_bytes)
+        overhead = 8 * sensitivity.overhead_bytes
+        limit = 8 * limit_bytes - overhead
+        cost = sensitivity.size_bits
+    else:
+        overhead, cost = 0, sensitivity.bops()
+        limit = budget.bops_limit(int(sensitivity.macs.sum()) * 32 * 32)
+    problem = Problem(
+        sensitivity=sensitivity,
+        kind=budget.kind,
+        limit=limit,
+        overhead=overhead,
+        grids=grids,
+        cost=np.ascontiguousarray(cost[:, grids]),
+        distortion=np.ascontiguousarray(sensitivity.distortion[:, grids]),
+        limit_bytes=limit_bytes,
+    )
+    problem.check_feasible()
+    return problem

@@ -1,0 +1,1 @@
+"""How much the loss rises for every level of every layer, measured once."""

@@ -1,0 +1,227 @@
+"""Fisher moments per layer, exact per sample.
+
+For a sample i with inputs A_i ∈ R^{P×I} and output gradients E_i ∈ R^{P×O} of a layer
+(P positions), the gradient of its loss with respect to the weight is G_i = E_iᵀ A_i, and
+
+    F = (1/N) Σ_i G_i ∘ G_i  ∈ R^{O×I},   T = Σ_j F_j   (nats²).
+
+Squares are taken per sample: the square of a batch's mean gradient is another number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from fitcompress import ops
+from fitcompress.errors import CalibrationError, NonFiniteError
+from fitcompress.model import patches
+from fitcompress.model.patches import output_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from fitcompress.model import Layer
+
+__all__ = ["FisherEstimator", "Moments", "sampled_label_loss"]
+
+CHUNK = 16  # samples whose squares go through the native op in one call
+
+
+@dataclass
+class Moments:
+    """Sums over samples, so that estimates can be saved, merged and resumed.
+
+    Attributes:
+        squares: Layer name → Σ_i G_i ∘ G_i, float64 [rows, columns].
+        trace: Layer name → [Σ_i ‖G_i‖², Σ_c m_c², number of chunks], with m_c the mean
+            of ‖G_i‖² over a chunk of samples, for mean and standard error.
+        samples: N.
+        loss: Σ_i ℓ_i, nats.
+        batches: Batches consumed, for resuming.
+    """
+
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    trace: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: int = 0
+    loss: float = 0.0
+    batches: int = 0
+
+    def diagonal(self, name: str) -> torch.Tensor:
+        """Return F of one layer, float32 [rows, columns]."""
+        return (self.squares[name] / max(self.samples, 1)).float()
+
+    def mean_trace(self, name: str) -> float:
+        """Return T of one layer, nats²."""
+        return float(self.trace[name][0]) / max(self.samples, 1)
+
+    def relative_error(self, name: str) -> float:
+        """Return the standard error of T divided by T, 0 where T is 0."""
+        first, second, chunks = self.trace[name].tolist()
+        mean = first / max(self.samples, 1)
+        if chunks < 2 or mean == 0:
+            return 0.0
+        variance = max(second / chunks - mean * mean, 0.0) * chunks / (chunks - 1)
+        return float((variance / chunks) ** 0.5 / mean)
+
+
+def sampled_label_loss(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the mean cross-entropy with labels drawn from the model itself.
+
+    The gradients of this loss give the true Fisher information of the model, which needs
+    no labels and does not vanish on memorised training data as fast as the empirical one.
+    """
+    logits = output.flatten(0, -2)
+    probability = logits.detach().softmax(-1).double()
+    label = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+    return F.cross_entropy(logits.float(), label)
+
+
+class FisherEstimator:
+    """Accumulates Fisher moments of compressible layers through hooks.
+
+    The model is not changed and no weight gets an autograd gradient: inputs and output
+    gradients of each layer are caught, and the native op squares and sums their products.
+
+    Args:
+        model: The network, in eval mode (batch statistics would couple samples).
+        layers: Layers to measure.
+        moments: Sums to continue, from an interrupted estimate.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[Layer], moments: Moments | None = None
+    ) -> None:
+        self.model, self.layers = model, layers
+        self.moments = moments or Moments()
+        self._copy_inputs = False
+        for layer in layers:
+            shape = (layer.rows, layer.columns)
+            self.moments.squares.setdefault(layer.name, torch.zeros(shape, dtype=torch.float64))
+            self.moments.trace.setdefault(layer.name, torch.zeros(3, dtype=torch.float64))
+
+    def update(
+        self, x: torch.Tensor, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
+    ) -> float:
+        """Add the samples of one batch; ``loss_fn`` must average over the batch.
+
+        Returns:
+            The mean loss of the batch, nats.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is NaN or infinite.
+            CalibrationError: The loss does not depend on a layer.
+        """
+        caught, loss, grads = self._gradients(x, y, loss_fn)
+        batch = len(x)
+        uses: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for (layer, inputs, _), grad in zip(caught, grads, strict=True):
+            if grad is not None:
+                pair = (inputs, grad.detach() * batch)
+                uses.setdefault(layer.name, []).append(pair)
+        for layer in self.layers:
+            if layer.name not in uses:
+                raise CalibrationError(
+                    f"the loss does not depend on layer {layer.name!r}",
+                    wanted="a forward pass that reaches every compressible layer",
+                    fix="pass data that exercise it, or take the layer out of the model",
+                )
+            self._add(layer, uses[layer.name])
+        self.moments.samples += batch
+        self.moments.loss += loss * batch
+        self.moments.batches += 1
+        return loss
+
+    def _gradients(
+        self, x: torch.Tensor, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
+    ) -> tuple[list[tuple[Layer, torch.Tensor, torch.Tensor]], float, tuple[Any, ...]]:
+        """Run forward and backward; return each use's layer, input and output gradient."""
+        caught: list[tuple[Layer, torch.Tensor, torch.Tensor]] = []
+        versions: list[int] = []
+        copying = self._copy_inputs
+
+        def catch(layer: Layer) -> Callable[..., torch.Tensor]:
+            def hook(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+                if not out.requires_grad:  # every earlier parameter is frozen
+                    out = out.detach().requires_grad_()
+                x = args[0].detach()
+                caught.append((layer, x.clone() if self._copy_inputs else x, out))
+                versions.append(x._version)
+                return out.clone()  # what follows may work in place
+
+            return hook
+
+        handles = [layer.module.register_forward_hook(catch(layer)) for layer in self.layers]
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                loss = loss_fn(self.model(x), y)
+            self._check_loss(loss)
+            inputs = [x for _, x, _ in caught]
+            if not self._copy_inputs and versions != [x._version for x in inputs]:
+                # Something after a layer changed its input in place: catch copies.
+                self._copy_inputs = True
+            outputs = [out for _, _, out in caught]
+            grads = torch.autograd.grad(loss, outputs, allow_unused=True)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+        if self._copy_inputs and not copying:
+            return self._gradients(x, y, loss_fn)
+        return caught, float(loss.detach()), grads
+
+    def _check_loss(self, loss: torch.Tensor) -> None:
+        if loss.numel() != 1:
+            raise CalibrationError(
+                "the loss is not one number",
+                got=f"shape {tuple(loss.shape)}",
+                wanted="the mean loss of the batch",
+                fix="use reduction='mean'",
+            )
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                "the loss is not finite",
+                got=float(loss.detach()),
+                wanted="a finite mean loss",
+                fix="look for NaN in the inputs, the labels and the loss function",
+            )
+        if not loss.requires_grad:
+            raise CalibrationError(
+                "the loss has no gradient",
+                wanted="a loss that autograd can differentiate",
+                fix="do not detach the model's output or use torch.no_grad inside it",
+            )
+
+    def _add(self, layer: Layer, uses: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        # A layer that runs twice sums its gradients before they are squared: positions
+        # of all uses stand side by side.
+        inputs = torch.cat([patches(layer.module, a) for a, _ in uses], dim=2)
+        grads = torch.cat([output_columns(layer.module, e) for _, e in uses], dim=2)
+        squares = self.moments.squares[layer.name]
+        per_group = squares.view(layer.groups, -1, layer.columns)
+        trace = self.moments.trace[layer.name]
+        for start in range(0, inputs.shape[1], CHUNK):
+            chunk = slice(start, start + CHUNK)
+            added = torch.zeros_like(per_group)
+            for group in range(layer.groups):
+                e, a = grads[group, chunk], inputs[group, chunk]
+                ops.square_accumulate_(added[group], e.contiguous(), a.contiguous())
+            total = float(added.sum())
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    f"a gradient of layer {layer.name!r} is not finite",
+                    fix="look for NaN in the data, and for overflow in half precision",
+                )
+            per_group += added
+            mean = total / min(CHUNK, inputs.shape[1] - start)
+            trace += torch.tensor([total, mean * mean, 1.0], dtype=torch.float64)

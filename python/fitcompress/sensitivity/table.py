@@ -1,0 +1,194 @@
+"""The ``Sensitivity`` value: what every level of every layer costs and how much it hurts.
+
+Independent of any budget, measured once, saved as ``.safetensors``; imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fitcompress.errors import FormatError
+from fitcompress.files import write_atomically
+
+if TYPE_CHECKING:
+    import os
+
+    from numpy.typing import NDArray
+
+__all__ = ["Grid", "Sensitivity"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight grid: fixed-point ``bits`` or an entropy-coded ``step``; exactly one is set.
+
+    Attributes:
+        bits: Signed b-bit integers −(2^(b−1)−1) … 2^(b−1)−1, one scale per output channel.
+        step: Δ; levels kΔ for every integer k, one step for the tensor, in weight units.
+    """
+
+    bits: int | None = None
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.step is None):
+            msg = f"a grid has either bits or a step; got bits={self.bits}, step={self.step}"
+            raise ValueError(msg)
+        if self.bits is not None and not 2 <= self.bits <= 16:
+            msg = f"bits must be between 2 and 16; got {self.bits}"
+            raise ValueError(msg)
+        if self.step is not None and not (np.isfinite(self.step) and self.step > 0):
+            msg = f"a step must be positive and finite; got {self.step}"
+            raise ValueError(msg)
+
+    @property
+    def family(self) -> str:
+        """``"bits"`` or ``"step"``."""
+        return "bits" if self.step is None else "step"
+
+    def __str__(self) -> str:
+        return f"{self.bits} bit" if self.step is None else f"Δ={self.step:.3g}"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Distortion and cost of L layers × G grids × S sparsities.
+
+    Attributes:
+        names: Layer names in the order of the model, L.
+        shapes: Weight shapes, L.
+        macs: Multiply-accumulates of one sample, [L].
+        fisher_trace: T_l = Σ_j F_j in nats², [L].
+        fisher_error: Relative standard error of the trace, [L].
+        grids: The grids, fixed-point first, each family from fine to coarse, G.
+        sparsity: Share of weights that the mask drops, [L, S], rising in S.
+        distortion: D = ½ Σ_j F_j (θ_j − θ̂_j)² in nats, [L, G, S].
+        size_bits: Order-0 entropy of the codes plus the scales, in bits, [L, G, S].
+        nonzeros: Codes that are not zero, [L, G, S].
+        weight_bits: Bits that hold the largest code, [L, G].
+        grid_length: Σ F (θ̂_g − θ̂_{g+1})² between neighbouring grids, [L, G, S].
+        prune_length: Σ F θ̂² over weights that leave between s and s+1, [L, G, S].
+        norm: Σ F θ̂², [L, G, S].
+        overhead_bytes: Everything in the file but codes and scales.
+        dense_bytes: 4 bytes × all parameters.
+        samples: Samples that the Fisher moments were averaged over.
+        loss: Their mean loss, nats.
+        provenance: How it was measured: labels, importance, versions.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    macs: NDArray[np.int64]
+    fisher_trace: NDArray[np.float64]
+    fisher_error: NDArray[np.float64]
+    grids: tuple[Grid, ...]
+    sparsity: NDArray[np.float64]
+    distortion: NDArray[np.float64]
+    size_bits: NDArray[np.int64]
+    nonzeros: NDArray[np.int64]
+    weight_bits: NDArray[np.int64]
+    grid_length: NDArray[np.float64]
+    prune_length: NDArray[np.float64]
+    norm: NDArray[np.float64]
+    overhead_bytes: int
+    dense_bytes: int
+    samples: int
+    loss: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers, grids, sparsities = self.distortion.shape
+        cells = ("size_bits", "nonzeros", "grid_length", "prune_length", "norm")
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(cells, (layers, grids, sparsities))
+        wanted |= dict.fromkeys(("macs", "fisher_trace", "fisher_error"), (layers,))
+        wanted |= {"sparsity": (layers, sparsities), "weight_bits": (layers, grids)}
+        for name, shape in wanted.items():
+            array = getattr(self, name)
+            if array.shape != shape:
+                msg = f"{name} has shape {array.shape}; wanted {shape}"
+                raise FormatError(msg)
+            if not np.isfinite(array).all():
+                msg = f"{name} has values that are not finite"
+                raise FormatError(msg)
+        if len(self.names) != layers or len(self.shapes) != layers or len(self.grids) != grids:
+            msg = f"names, shapes and grids do not match tables of {layers} × {grids}"
+            raise FormatError(msg)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Number of weights of every layer, [L]."""
+        return np.array([int(np.prod(s)) for s in self.shapes], dtype=np.int64)
+
+    def bops(self) -> NDArray[np.int64]:
+        """Bit operations of every cell with float32 activations, [L, G, S].
+
+        MACs · weight bits · 32; sparsity is not credited, ordinary kernels do not use it.
+        """
+        per_grid = self.macs[:, None] * self.weight_bits * 32
+        return np.broadcast_to(per_grid[:, :, None], self.distortion.shape).copy()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path`` (``.safetensors``), atomically.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        arrays, meta = {}, {"version": VERSION}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                arrays[item.name] = np.ascontiguousarray(value)
+            elif item.name == "grids":
+                meta["grids"] = [[g.bits, g.step] for g in value]
+            else:
+                meta[item.name] = value
+        metadata = {"fitcompress.sensitivity": json.dumps(meta)}
+        write_atomically(path, safetensors.numpy.save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FormatError: The file is damaged or something else.
+        """
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                header = (file.metadata() or {}).get("fitcompress.sensitivity")
+                if header is None:
+                    raise FormatError(
+                        f"{path} is no sensitivity file",
+                        wanted="a file written by `fitcompress measure`",
+                        fix="run `fitcompress measure` again",
+                    )
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = json.loads(header)
+            if meta.pop("version") != VERSION:
+                raise FormatError(
+                    f"{path} has another format version",
+                    wanted=VERSION,
+                    fix="measure again with this version of fitcompress",
+                )
+            meta["grids"] = tuple(Grid(bits=b, step=s) for b, s in meta["grids"])
+            meta["names"] = tuple(meta["names"])
+            meta["shapes"] = tuple(tuple(s) for s in meta["shapes"])
+            return cls(**meta, **arrays)
+        except FileNotFoundError:
+            raise
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(
+                f"{path} is damaged or no sensitivity file",
+                got=str(error)[:200],
+                fix="run `fitcompress measure` again",
+            ) from error

@@ -1,0 +1,1 @@
+"""The packed file: codes, scales and leftovers in one ``.safetensors``."""

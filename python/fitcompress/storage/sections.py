@@ -1,0 +1,249 @@
+"""Sections of a packed file: coded weights, and everything that is not coded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fitcompress import _core
+from fitcompress.errors import FormatError
+from fitcompress.search.plan import Level
+from fitcompress.sensitivity.table import Grid
+from fitcompress.storage.container import Section
+from fitcompress.storage.tensors import (
+    DTYPES,
+    checked_shape,
+    from_bytes,
+    smallest_exact,
+    to_bytes,
+)
+
+__all__ = [
+    "CodedWeight",
+    "Leftovers",
+    "read_coded",
+    "read_leftovers",
+    "write_coded",
+    "write_leftovers",
+]
+
+MAX_CODES_PER_BYTE = 1 << 16  # more than the coder can reach: a longer tensor is a lie
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A weight as integers and scales: weight = scale · codes, row by row.
+
+    Attributes:
+        name: Qualified name of the module.
+        codes: int32 [rows, columns].
+        scale: float32 [1] or [rows].
+        dtype: Name of the weight's dtype.
+        level: Its level in the plan, with the weight's shape.
+    """
+
+    name: str
+    codes: torch.Tensor
+    scale: torch.Tensor
+    dtype: str
+    level: Level
+
+    @property
+    def key(self) -> str:
+        """The weight's key in a state dict."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight, exactly as the grid of the compressed model yields it."""
+        values = self.codes.float() * self.scale.reshape(-1, 1)
+        return values.to(DTYPES[self.dtype]).reshape(self.level.shape)
+
+
+def write_coded(weight: CodedWeight) -> Section:
+    """Return the section of one coded weight."""
+    stored = smallest_exact(weight.scale)
+    level = weight.level
+    entry: dict[str, Any] = {
+        "kind": "codes",
+        "name": weight.name,
+        "shape": list(level.shape),
+        "dtype": weight.dtype,
+        "scale": stored,
+        "scales": weight.scale.numel(),
+        "loss": float(f"{level.distortion:.3g}"),
+    }
+    if level.grid.bits is not None:
+        entry["bits"] = level.grid.bits
+    if level.sparsity:
+        entry["sparsity"] = round(level.sparsity, 4)
+    if level.bops:
+        entry["bops"] = level.bops
+    codes = np.ascontiguousarray(weight.codes.cpu().numpy(), dtype=np.int32)
+    return Section(entry, to_bytes(weight.scale, stored) + _core.encode(codes))
+
+
+def read_coded(section: Section) -> CodedWeight:
+    """Return the coded weight of a section.
+
+    Raises:
+        FormatError: The section is not what :func:`write_coded` writes.
+    """
+    entry, payload = section.entry, section.payload
+    name, dtype, stored = entry.get("name"), entry.get("dtype"), entry.get("scale")
+    if (
+        not isinstance(name, str)
+        or dtype not in DTYPES
+        or stored not in ("f2", "bf2", "f4")
+    ):
+        raise FormatError(
+            "a section of codes has no valid description", got=str(entry)[:200]
+        )
+    shape = checked_shape(entry.get("shape"))
+    scales = entry.get("scales")
+    rows = shape[0] if shape else 0
+    size = math.prod(shape)
+    if (
+        scales not in (1, rows)
+        or not size
+        or size > MAX_CODES_PER_BYTE * (len(payload) + 1)
+    ):
+        raise FormatError(
+            f"the shape or scales of {name!r} are impossible",
+            got=f"shape {shape}, {scales} scales, {len(payload)} bytes",
+        )
+    width = scales * DTYPES[stored].itemsize
+    scale = from_bytes(payload[:width], stored, "f4", (scales,))
+    try:
+        codes = _core.decode(payload[width:], rows, size // rows)
+    except (ValueError, MemoryError) as error:
+        raise FormatError(
+            f"the codes of {name!r} are damaged", got=str(error)[:200]
+        ) from error
+    level = _level(entry, shape, scale, 8 * len(payload))
+    return CodedWeight(name, torch.from_numpy(codes), scale, dtype, level)
+
+
+def _level(
+    entry: dict[str, Any], shape: tuple[int, ...], scale: torch.Tensor, bits: int
+) -> Level:
+    try:
+        if "bits" in entry:
+            grid = Grid(bits=entry["bits"])
+        else:
+            grid = Grid(step=float(scale[0]))
+        return Level(
+            grid=grid,
+            sparsity=float(entry.get("sparsity", 0.0)),
+            shape=shape,
+            distortion=float(entry.get("loss", 0.0)),
+            size_bits=bits,
+            bops=int(entry.get("bops", 0)),
+        )
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            "a level in the file is impossible", got=str(entry)[:200]
+        ) from error
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """Everything in a state dict that is not coded.
+
+    Attributes:
+        tensors: State dict key → tensor, folded norms excepted.
+        norms: Prefix of a folded batch norm → (weight, bias, ε, has batch counter).
+        aliases: State dict key → key of the tensor that it shares.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    norms: dict[str, tuple[torch.Tensor, torch.Tensor, float, bool]]
+    aliases: dict[str, str]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the state dict entries, the constants of folded norms included."""
+        state = dict(self.tensors)
+        for prefix, (weight, bias, eps, counted) in self.norms.items():
+            state[f"{prefix}.weight"], state[f"{prefix}.bias"] = weight, bias
+            state[f"{prefix}.running_mean"] = torch.zeros_like(weight)
+            state[f"{prefix}.running_var"] = torch.full_like(weight, 1.0 - eps)
+            if counted:
+                state[f"{prefix}.num_batches_tracked"] = torch.zeros(
+                    (), dtype=torch.int64
+                )
+        state |= {key: state[target] for key, target in self.aliases.items()}
+        return state
+
+
+def write_leftovers(left: Leftovers) -> Section:
+    """Return the one section of everything that is not coded."""
+    tensors, norms, parts = [], [], []
+    for key, tensor in left.tensors.items():
+        stored, dtype = smallest_exact(tensor), smallest_name(tensor)
+        tensors.append([key, stored, dtype, list(tensor.shape)])
+        parts.append(to_bytes(tensor, stored))
+    for prefix, (weight, bias, eps, counted) in left.norms.items():
+        both = torch.stack([weight, bias])
+        stored = smallest_exact(both)
+        norms.append([prefix, stored, weight.numel(), eps, counted])
+        parts.append(to_bytes(both, stored))
+    entry = {
+        "kind": "leftovers",
+        "tensors": tensors,
+        "norms": norms,
+        "aliases": left.aliases,
+    }
+    return Section(entry, b"".join(parts))
+
+
+def smallest_name(tensor: torch.Tensor) -> str:
+    """Return the name of a tensor's own dtype."""
+    return next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+
+
+def read_leftovers(section: Section) -> Leftovers:
+    """Return what :func:`write_leftovers` wrote.
+
+    Raises:
+        FormatError: The section is something else.
+    """
+    entry, payload, start = section.entry, section.payload, 0
+
+    def next_tensor(stored: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        nonlocal start
+        width = math.prod(shape) * DTYPES[stored].itemsize
+        start += width
+        return from_bytes(payload[start - width : start], stored, dtype, shape)
+
+    tensors: dict[str, torch.Tensor] = {}
+    norms: dict[str, tuple[torch.Tensor, torch.Tensor, float, bool]] = {}
+    try:
+        for key, stored, dtype, shape in entry["tensors"]:
+            tensors[str(key)] = next_tensor(stored, dtype, checked_shape(shape))
+        for prefix, stored, channels, eps, counted in entry["norms"]:
+            both = next_tensor(stored, "f4", checked_shape([2, channels]))
+            norms[str(prefix)] = (
+                both[0].clone(),
+                both[1].clone(),
+                float(eps),
+                bool(counted),
+            )
+        aliases = {str(k): str(v) for k, v in entry["aliases"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(
+            "the section of leftovers cannot be read",
+            got=f"{type(error).__name__}: {error}"[:200],
+        ) from error
+    known = set(tensors) | {f"{p}.{k}" for p in norms for k in ("weight", "bias")}
+    if start != len(payload) or not set(aliases.values()) <= known:
+        raise FormatError(
+            "the section of leftovers does not fit its description",
+            got=f"{len(payload)} bytes",
+            wanted=f"{start} bytes",
+        )
+    return Leftovers(tensors, norms, aliases)

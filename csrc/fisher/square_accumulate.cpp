@@ -43,19 +43,23 @@ FITCOMPRESS_INLINE void pack(const T* source, int64_t stride, int64_t rows, int6
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_tile(const float* errors, const float* activations, int64_t rows,
                                       float* product) {
-  typedef float Vector __attribute__((vector_size(Lanes * sizeof(float))));
-  Vector sum[4][2];
-  for (int o = 0; o < 4; ++o) std::memcpy(sum[o], product + o * kInputs, sizeof(sum[o]));
+  typedef float Vector __attribute__((vector_size(Lanes * sizeof(float)), may_alias));
+  const auto at = [&](int o, int v) __attribute__((always_inline)) {
+    return reinterpret_cast<Vector*>(product + o * kInputs + v * Lanes);
+  };
+  Vector s00 = *at(0, 0), s01 = *at(0, 1), s10 = *at(1, 0), s11 = *at(1, 1);
+  Vector s20 = *at(2, 0), s21 = *at(2, 1), s30 = *at(3, 0), s31 = *at(3, 1);
   for (int64_t p = 0; p < rows; ++p) {
-    Vector a[2];
-    std::memcpy(a, activations + p * kInputs, sizeof(a));
-    for (int o = 0; o < 4; ++o) {
-      const float e = errors[p * kOutputs + o];
-      sum[o][0] += e * a[0];
-      sum[o][1] += e * a[1];
-    }
+    const Vector* const a = reinterpret_cast<const Vector*>(activations + p * kInputs);
+    const float* const e = errors + p * kOutputs;
+    const Vector a0 = a[0], a1 = a[1];
+    s00 += e[0] * a0, s01 += e[0] * a1;
+    s10 += e[1] * a0, s11 += e[1] * a1;
+    s20 += e[2] * a0, s21 += e[2] * a1;
+    s30 += e[3] * a0, s31 += e[3] * a1;
   }
-  for (int o = 0; o < 4; ++o) std::memcpy(product + o * kInputs, sum[o], sizeof(sum[o]));
+  *at(0, 0) = s00, *at(0, 1) = s01, *at(1, 0) = s10, *at(1, 1) = s11;
+  *at(2, 0) = s20, *at(2, 1) = s21, *at(3, 0) = s30, *at(3, 1) = s31;
 }
 
 template <int Lanes, class T, class Moment>

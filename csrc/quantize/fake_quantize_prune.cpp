@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "common/dtype.h"
@@ -64,6 +65,46 @@ void for_each_piece(const QuantizePruneShape& shape, Body body) {
   });
 }
 
+// 0 unless keep is 1, as an operation on bits: any instruction set has it for vectors.
+FITCOMPRESS_INLINE float kept(float value, uint8_t keep) {
+  return float_of_bits(bits_of_float(value) & (0u - keep));
+}
+
+template <class T>
+FITCOMPRESS_INLINE void widen(const T* __restrict from, int64_t count, float* __restrict to) {
+  for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
+}
+
+template <class T>
+FITCOMPRESS_INLINE void narrow(const float* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t j = 0; j < count; ++j) from_float(from[j], &to[j]);
+}
+
+// Forward of up to kBlock elements.
+FITCOMPRESS_INLINE void quantize_block(const float* __restrict w, const uint8_t* __restrict keep,
+                                       int64_t count, float step, float max_code,
+                                       float* __restrict out) {
+  for (int64_t j = 0; j < count; ++j) {
+    out[j] = kept(step * clip(round_even(w[j] / step), max_code), keep[j]);
+  }
+}
+
+// Backward of up to kBlock elements: the gradient of w, and what each element adds to that of Δ.
+FITCOMPRESS_INLINE void backward_block(const float* __restrict g, const float* __restrict w,
+                                       const uint8_t* __restrict keep, int64_t count, float step,
+                                       float max_code, float* __restrict out,
+                                       float* __restrict term) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float x = w[j] / step;
+    const float code = round_even(x);
+    const float clipped = clip(code, max_code);
+    const float gradient = kept(g[j], keep[j]);
+    const bool inside = clipped == code;
+    term[j] = gradient * (inside ? code - x : clipped);
+    out[j] = inside ? gradient : 0.0f;
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -78,20 +119,17 @@ void fake_quantize_prune_cpu(QuantizePruneShape shape, const T* weight, const fl
           return;
         }
         uint8_t bytes[kBlock + 16];
+        if (mask == nullptr) std::memset(bytes, 1, kBlock);
+        float w[kBlock], out[kBlock];
         for (int64_t i = begin; i < end; i += kBlock) {
           const int64_t count = std::min(kBlock, end - i);
-          const T* w = weight + i;
-          T* out = result + i;
-          if (mask == nullptr) {
-            for (int64_t j = 0; j < count; ++j) {
-              from_float(step * clip(round_even(to_float(w[j]) / step), max_code), &out[j]);
-            }
+          const uint8_t* keep = mask == nullptr ? bytes : expand(mask, i, count, bytes);
+          if constexpr (std::is_same_v<T, float>) {
+            quantize_block(weight + i, keep, count, step, max_code, result + i);
           } else {
-            const uint8_t* keep = expand(mask, i, count, bytes);
-            for (int64_t j = 0; j < count; ++j) {
-              const float value = step * clip(round_even(to_float(w[j]) / step), max_code);
-              from_float(keep[j] != 0 ? value : 0.0f, &out[j]);
-            }
+            widen(weight + i, count, w);
+            quantize_block(w, keep, count, step, max_code, out);
+            narrow(out, count, result + i);
           }
         }
       });
@@ -115,28 +153,23 @@ void fake_quantize_prune_backward_cpu(QuantizePruneShape shape, const T* grad, c
     }
     double sums[kSums] = {};
     uint8_t bytes[kBlock + 16];
-    float term[kBlock];
+    if (mask == nullptr) std::memset(bytes, 1, kBlock);
+    float g[kBlock], w[kBlock], out[kBlock], term[kBlock + kSums];
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t count = std::min(kBlock, end - i);
-      const T* w = weight + i;
-      const T* g = grad + i;
-      T* out = grad_weight + i;
-      if (mask == nullptr) std::memset(bytes, 1, kBlock);
       const uint8_t* keep = mask == nullptr ? bytes : expand(mask, i, count, bytes);
-      for (int64_t j = 0; j < count; ++j) {
-        const float x = to_float(w[j]) / step;
-        const float code = round_even(x);
-        const float clipped = clip(code, max_code);
-        const float gradient = keep[j] != 0 ? to_float(g[j]) : 0.0f;
-        const bool inside = clipped == code;
-        from_float(inside ? gradient : 0.0f, &out[j]);
-        term[j] = gradient * (inside ? code - x : clipped);
+      if constexpr (std::is_same_v<T, float>) {
+        backward_block(grad + i, weight + i, keep, count, step, max_code, grad_weight + i, term);
+      } else {
+        widen(grad + i, count, g);
+        widen(weight + i, count, w);
+        backward_block(g, w, keep, count, step, max_code, out, term);
+        narrow(out, count, grad_weight + i);
       }
-      int64_t j = 0;
-      for (; j + kSums <= count; j += kSums) {
+      for (int lane = 0; lane < kSums; ++lane) term[count + lane] = 0.0f;
+      for (int64_t j = 0; j < count; j += kSums) {
         for (int lane = 0; lane < kSums; ++lane) sums[lane] += term[j + lane];
       }
-      for (; j < count; ++j) sums[j % kSums] += term[j];
     }
     double sum = 0.0;
     for (const double part : sums) sum += part;

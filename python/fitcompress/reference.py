@@ -109,8 +109,11 @@ def fake_quantize_prune_backward(
     grad_weight = torch.where(inside, kept, 0.0).to(weight.dtype).contiguous()
     terms = torch.where(kept == 0, 0.0, torch.where(inside, codes - position, codes))
     terms = (kept * terms).double()
-    rows = terms.reshape(scale.numel(), -1) if scale.numel() else terms
-    return grad_weight, rows.sum(1).reshape(scale.shape).float()
+    if scale.numel() == 1:
+        terms = terms.sum()
+    elif terms.dim() > 1:
+        terms = terms.sum(tuple(range(1, terms.dim())))
+    return grad_weight, terms.reshape(scale.shape).float()
 
 
 def error_feedback_sweep(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.fit import entropy_bits, fit
 from fitcompress.compensate.masks import magnitude_mask
@@ -142,6 +143,14 @@ class Compressor:
     def overhead_bytes(self) -> int:
         """Return about what the file takes besides the codes."""
         return overhead_bytes(self.model, self.layers)
+
+    def coded_bits(self, factor: float) -> float:
+        """Return the bits that the coder needs for codes that were merely rounded."""
+        levels = self.plan.levels
+        return 8.0 * sum(
+            len(_core.encode(self.codes(layer, scaled(levels[layer.name], factor)).numpy()))
+            for layer in self.layers
+        )
 
     def rounded_bits(self, factor: float) -> float:
         """Return the bits of all codes by their entropy if they were merely rounded."""

@@ -79,7 +79,8 @@ class _FactorSearch:
         self._known: dict[float, float] = {}
         self._over: tuple[float, int] | None = None  # smallest file above the limit
         self._under: tuple[float, int] | None = None  # largest file within it
-        self._ratio = 1.0
+        # What the coder makes of rounded codes, relative to their order-0 entropy.
+        self._ratio = compressor.coded_bits(1.0) / max(8 * self._bytes(1.0), 1.0)
 
     def next(self) -> float:
         """Return the factor to try next."""

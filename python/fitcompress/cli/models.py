@@ -1,0 +1,94 @@
+"""Models and checkpoints by name."""
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from fitcompress.errors import DataError, FormatError, PlanMismatchError
+from fitcompress.zoo import BUILT_IN
+
+__all__ = ["build_model", "load_checkpoint", "trained_model"]
+
+
+def build_model(name: str) -> nn.Module:
+    """Return the model called ``name``, untrained.
+
+    Args:
+        name: A built-in, or ``package.module:factory``; the current folder is searched.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    module, _, factory = name.partition(":")
+    if not factory:
+        raise DataError(
+            "unknown model",
+            got=name,
+            wanted=f"{', '.join(sorted(BUILT_IN))}, or package.module:factory",
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        model = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise DataError("the model cannot be found", got=str(error), wanted=name) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(model, nn.Module):
+        raise DataError(f"{name} returned no module", got=type(model).__name__)
+    return model
+
+
+def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint; nothing in the file is executed.
+
+    Accepts ``.safetensors``, and torch files that hold tensors only, bare or under
+    ``state_dict``, with or without the prefix ``module.``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FormatError: The file is damaged or holds more than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise FormatError(
+            f"{path} is no checkpoint that can be read safely",
+            got=str(error).splitlines()[0][:200],
+            wanted=".safetensors, or a torch file of tensors",
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise FormatError(f"{path} holds no state dict", got=type(state).__name__)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def trained_model(name: str, weights: Path) -> nn.Module:
+    """Return a model with the weights of a checkpoint, in eval mode.
+
+    Raises:
+        PlanMismatchError: The checkpoint does not fit the model.
+    """
+    model = build_model(name)
+    state = load_checkpoint(weights)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PlanMismatchError(
+            f"{weights} does not fit model {name}",
+            got="; ".join(str(error).splitlines()[1:3])[:300],
+            fix="name the model that the checkpoint was saved from",
+        ) from error
+    return model.eval()

@@ -1,0 +1,168 @@
+"""Commands up to a plan: measure, search, pareto."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fitcompress.cli.app import (
+    DataOption,
+    DatasetOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    SizeOption,
+    WeightsOption,
+    app,
+    check_json,
+    console,
+    emit,
+)
+from fitcompress.cli.models import trained_model
+from fitcompress.data import load_dataset
+from fitcompress.files import check_writable
+from fitcompress.methods import Lagrangian, PathSearch
+from fitcompress.search import Budget
+from fitcompress.search import pareto as make_front
+from fitcompress.search import search as find_plan
+from fitcompress.search.search import Method
+from fitcompress.sensitivity.measure import measure as measure_sensitivity
+from fitcompress.sensitivity.table import Sensitivity
+
+__all__ = ["MethodName", "make_method", "measure", "pareto", "search"]
+
+SensitivityArgument = Annotated[Path, typer.Argument(help="What `measure` wrote.")]
+
+
+class MethodName(str, Enum):
+    """Search methods by name."""
+
+    lagrangian = "lagrangian"
+    path = "path"
+    greedy_path = "greedy-path"
+
+
+class FamilyName(str, Enum):
+    """Grid families by name."""
+
+    step = "step"
+    bits = "bits"
+    any = "any"
+
+
+FamilyOption = Annotated[
+    FamilyName | None,
+    typer.Option("--grids", help="Default: step for a size, bits for BOPs."),
+]
+
+
+def make_method(name: MethodName) -> Method:
+    """Return the method object of a name."""
+    if name is MethodName.lagrangian:
+        return Lagrangian()
+    return PathSearch(mode="beam" if name is MethodName.path else "greedy")
+
+
+@app.command()
+def measure(
+    model: ModelOption,
+    weights: WeightsOption,
+    dataset: DatasetOption,
+    out: OutOption = Path("sensitivity.safetensors"),
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Samples for the Fisher moments.")] = 512,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure how much the loss rises for every level of every layer."""
+    check_writable(out)
+    check_json(json)
+    network = trained_model(model, weights)
+    source = load_dataset(dataset, data)
+    checkpoint = out.with_name(out.name + ".partial")
+    table = measure_sensitivity(
+        network, source.calibration(seed), samples=samples, seed=seed, checkpoint=checkpoint
+    )
+    table.save(out)
+    view = Table(title="Fisher traces")
+    view.add_column("layer")
+    for column in ("weights", "trace, nats²", "± rel."):
+        view.add_column(column, justify="right")
+    for i, name in enumerate(table.names):
+        error = f"{100 * table.fisher_error[i]:.0f} %"
+        view.add_row(name, f"{table.sizes[i]:,}", f"{table.fisher_trace[i]:.4g}", error)
+    console.print(view)
+    levels = table.distortion.shape[1] * table.distortion.shape[2]
+    console.print(f"{table.samples} samples, loss {table.loss:.4f}, {levels} levels a layer")
+    console.print(f"wrote {out}")
+    traces = dict(zip(table.names, table.fisher_trace.tolist(), strict=True))
+    emit(json, {"samples": table.samples, "loss": table.loss, "fisher_trace": traces})
+
+
+@app.command()
+def search(
+    sensitivity: SensitivityArgument,
+    size: SizeOption = None,
+    bops: Annotated[str | None, typer.Option(help='Bit operations: "10%" or a number.')] = None,
+    out: OutOption = Path("plan.json"),
+    method: Annotated[MethodName, typer.Option(help="How to search.")] = MethodName.lagrangian,
+    grids: FamilyOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Find the level of every layer under a budget."""
+    check_writable(out)
+    check_json(json)
+    budget = Budget(size=size, bops=bops)
+    table = Sensitivity.load(sensitivity)
+    family = None if grids is None else grids.value
+    plan = find_plan(table, budget, method=make_method(method), family=family)
+    plan.save(out)
+    view = Table(title="Plan")
+    view.add_column("layer")
+    for column in ("grid", "masked", "bits/weight", "loss rise, nats"):
+        view.add_column(column, justify="right")
+    for name, level in plan.levels.items():
+        count = max(1, int(table.sizes[table.names.index(name)]))
+        bits = f"32 ⇒ {level.size_bits / count:.2f}"
+        masked = f"{100 * level.sparsity:.0f} %"
+        view.add_row(name, str(level.grid), masked, bits, f"{level.distortion:.3g}")
+    console.print(view)
+    console.print(plan.summary())
+    console.print(f"wrote {out}")
+    emit(
+        json,
+        {
+            "method": plan.method,
+            "status": plan.status,
+            "gap": plan.gap,
+            "distortion": plan.distortion,
+            "size_bytes": plan.size_bytes,
+            "bops": plan.bops,
+        },
+    )
+
+
+@app.command()
+def pareto(
+    sensitivity: SensitivityArgument,
+    points: Annotated[int, typer.Option(help="Plans to list.")] = 20,
+    grids: FamilyOption = None,
+    json: JsonOption = None,
+) -> None:
+    """List plans along the whole front of size against predicted loss."""
+    check_json(json)
+    table = Sensitivity.load(sensitivity)
+    family = None if grids is None else grids.value
+    plans = make_front(table, family=family, points=points)
+    view = Table(title="Front")
+    for column in ("bytes", "% of float32", "BOPs", "predicted loss rise, nats"):
+        view.add_column(column, justify="right")
+    for plan in plans:
+        share = f"{100 * plan.size_bytes / table.dense_bytes:.2f}"
+        view.add_row(f"{plan.size_bytes:,}", share, f"{plan.bops:.3g}", f"{plan.distortion:.4g}")
+    console.print(view)
+    rows = [{"size_bytes": p.size_bytes, "distortion": p.distortion} for p in plans]
+    emit(json, {"front": rows})

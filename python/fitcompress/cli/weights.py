@@ -1,0 +1,166 @@
+"""Commands that make weights: compress, apply, finetune, pack, unpack."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+import typer
+from torch import nn
+
+from fitcompress.cli.app import (
+    DataOption,
+    DatasetOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    WeightsOption,
+    app,
+    check_json,
+    console,
+    emit,
+)
+from fitcompress.cli.models import build_model, trained_model
+from fitcompress.compensate import apply as apply_plan
+from fitcompress.compress import compress as compress_model
+from fitcompress.data import load_dataset
+from fitcompress.files import check_writable, write_atomically
+from fitcompress.model.costs import dense_bytes
+from fitcompress.search import Budget, Plan
+from fitcompress.storage.save_load import load, read, save
+from fitcompress.train import finetune as train_model
+
+__all__ = ["apply", "compress", "finetune", "pack", "unpack"]
+
+SMALL = Path("small.safetensors")
+SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration inputs.")]
+PlanArgument = Annotated[Path, typer.Argument(help="What `search` wrote.")]
+PackedArgument = Annotated[Path, typer.Argument(help="A packed file.")]
+
+
+@app.command()
+def compress(
+    model: ModelOption,
+    weights: WeightsOption,
+    dataset: DatasetOption,
+    size: Annotated[str, typer.Option(help='Bytes of the file: "5%", "40KB", …')],
+    out: OutOption = SMALL,
+    data: DataOption = None,
+    samples: SamplesOption = 1024,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure, search and apply in one go: no labels, no training."""
+    check_writable(out)
+    check_json(json)
+    start = time.monotonic()
+    budget = Budget(size=size)
+    network = trained_model(model, weights)
+    loader = load_dataset(dataset, data).calibration(seed)
+    small = compress_model(network, loader, budget, samples=samples, seed=seed)
+    _store(network, small, out, json, start)
+
+
+@app.command()
+def apply(
+    plan: PlanArgument,
+    model: ModelOption,
+    weights: WeightsOption,
+    dataset: DatasetOption,
+    out: OutOption = SMALL,
+    data: DataOption = None,
+    samples: SamplesOption = 1024,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Put a plan's levels on a model, errors compensated, and write the packed file."""
+    check_writable(out)
+    check_json(json)
+    start = time.monotonic()
+    chosen = Plan.load(plan)
+    network = trained_model(model, weights)
+    loader = load_dataset(dataset, data).calibration(seed)
+    checkpoint = out.with_name(out.name + ".partial")
+    small = apply_plan(network, chosen, loader, samples=samples, checkpoint=checkpoint)
+    _store(network, small, out, json, start)
+
+
+@app.command()
+def finetune(
+    packed: PackedArgument,
+    model: ModelOption,
+    weights: WeightsOption,
+    dataset: DatasetOption,
+    out: OutOption = Path("tuned.safetensors"),
+    data: DataOption = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Train the weights of a packed file on their grids, within its budget."""
+    check_writable(out)
+    check_json(json)
+    start = time.monotonic()
+    teacher = trained_model(model, weights)
+    small = load(packed, build_model(model), trainable=True)
+    source = load_dataset(dataset, data)
+    options = {} if lr is None else {"lr": lr}
+    train_model(
+        small,
+        source.training(batch_size, seed),
+        epochs=epochs,
+        teacher=teacher,
+        validation=source.validating(),
+        checkpoint=out.with_name(out.name + ".partial"),
+        seed=seed,
+        **options,
+    )
+    _store(teacher, small, out, json, start)
+
+
+@app.command()
+def pack(
+    plan: PlanArgument,
+    model: ModelOption,
+    weights: WeightsOption,
+    out: OutOption = SMALL,
+    json: JsonOption = None,
+) -> None:
+    """Round weights to a plan's levels and write the packed file; needs no data."""
+    check_writable(out)
+    check_json(json)
+    start = time.monotonic()
+    chosen = Plan.load(plan)
+    network = trained_model(model, weights)
+    _store(network, apply_plan(network, chosen), out, json, start)
+
+
+@app.command()
+def unpack(
+    packed: PackedArgument,
+    out: OutOption = Path("dense.safetensors"),
+    json: JsonOption = None,
+) -> None:
+    """Write the weights of a packed file as a plain .safetensors checkpoint."""
+    check_writable(out)
+    check_json(json)
+    content = read(packed)
+    state = {key: value.contiguous().clone() for key, value in content.state().items()}
+    write_atomically(out, safetensors.torch.save(state))
+    size = out.stat().st_size
+    console.print(f"{content.size_bytes:,} ⇒ {size:,} bytes, {len(state)} tensors")
+    console.print(f"wrote {out}")
+    emit(json, {"bytes_packed": content.size_bytes, "bytes": size, "tensors": len(state)})
+
+
+def _store(
+    network: nn.Module, small: nn.Module, out: Path, json: Path | None, start: float
+) -> None:
+    size, dense = save(small, out), dense_bytes(network)
+    seconds = time.monotonic() - start
+    console.print(f"{dense:,} ⇒ {size:,} bytes ({100 * size / dense:.2f} %), {seconds:.1f} s")
+    console.print(f"wrote {out}")
+    emit(json, {"bytes_before": dense, "bytes_after": size, "seconds": seconds})

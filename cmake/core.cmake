@@ -11,6 +11,12 @@ find_package(pybind11 2.13 CONFIG REQUIRED)
 
 pybind11_add_module(_core MODULE
   csrc/search/bindings.cpp
+  csrc/search/path_search.cpp
+  csrc/search/path_tables.cpp
   csrc/storage/weight_codec.cpp)
+# The same path on every machine: no fused multiply-add where the source has two roundings.
+set_source_files_properties(
+  csrc/search/path_search.cpp csrc/search/path_tables.cpp
+  PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_link_libraries(_core PRIVATE fitcompress_options)
 install(TARGETS _core LIBRARY DESTINATION fitcompress)

@@ -1,4 +1,4 @@
-"""Types of the native module ``_core``: entropy coder and path search, without torch."""
+"""Types of the native module ``_core``: entropy coder and path search."""
 
 from typing import Literal, TypedDict
 

@@ -6,13 +6,18 @@ a = γ/√(σ²+ε) and c = β − μa. Everything else goes to 16 bits where th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fitcompress.quantize.weights import WeightGrid
 
-__all__ = ["fold_norms_", "is_folded", "round_leftovers_", "to_half"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["fold_norms_", "is_folded", "round_leftovers_", "thaw_norms_", "to_half"]
 
 TOLERANCE = 1e-3  # relative error in the norm of a tensor that 16 bits may make
 FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -65,6 +70,52 @@ def fold_norms_(model: nn.Module) -> None:
             variance.fill_(_unit_variance(module))
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.zero_()
+
+
+@torch.no_grad()
+def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Give folded norms the statistics of their inputs back, in place.
+
+    The reverse of :func:`fold_norms_`: outputs in eval mode stay the same, and training
+    with batch statistics becomes possible again.
+
+    Args:
+        model: With folded norms.
+        batches: Inputs from the training distribution.
+    """
+    folded = {m: None for m in model.modules() if isinstance(m, FOLDABLE) and is_folded(m)}
+    sums: dict[nn.Module, list[torch.Tensor | float]] = {m: [0.0, 0.0, 0.0] for m in folded}
+
+    def catch(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].double().transpose(0, 1).flatten(1)
+        total = sums[norm]
+        total[0] += x.shape[1]
+        total[1] = total[1] + x.sum(1)
+        total[2] = total[2] + x.square().sum(1)
+
+    handles = [norm.register_forward_pre_hook(catch) for norm in folded]
+    training = model.training
+    model.eval()
+    try:
+        for x in batches:
+            model(x)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    for norm in folded:
+        assert isinstance(norm, FOLDABLE)
+        assert norm.running_mean is not None and norm.running_var is not None
+        count, first, second = sums[norm]
+        if not count:
+            continue
+        mean = torch.as_tensor(first) / count
+        variance = (torch.as_tensor(second) / count - mean.square()).clamp_min(0)
+        a = norm.weight.double()
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_(a * (variance + norm.eps).sqrt())
+        norm.bias.copy_(norm.bias.double() + a * mean)
 
 
 def round_leftovers_(model: nn.Module) -> None:

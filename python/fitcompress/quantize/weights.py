@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fitcompress import ops
+from fitcompress.quantize.rate import Rate, rate_aware_codes
 
 if TYPE_CHECKING:
     from fitcompress.search.plan import Level
@@ -30,6 +31,9 @@ class WeightGrid(nn.Module):
         scale: Δ, float32, one number or one per output channel; 0 makes a row zero.
         max_code: q, the largest |code|; 0 for unbounded.
         mask: What stays, bool in the weight's shape, or None for everything.
+
+    Attributes:
+        rate: What a bit costs while fine-tuning holds the size of the file; None otherwise.
     """
 
     scale: torch.Tensor
@@ -42,10 +46,31 @@ class WeightGrid(nn.Module):
         self.register_buffer("scale", scale.detach().float().reshape(-1).clone())
         self.register_buffer("mask", None if mask is None else ops.pack_mask(mask))
         self.max_code = max_code
+        self.rate: Rate | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight on the grid."""
-        return ops.fake_quantize_prune(weight, self.scale, self.mask, self.max_code)
+        if self.rate is None:
+            return ops.fake_quantize_prune(weight, self.scale, self.mask, self.max_code)
+        rows = weight.flatten(1)
+        quantized = self.round(rows) * self.scale.reshape(-1, 1)
+        straight = rows + (quantized - rows).detach()
+        if self.mask is not None:
+            straight = straight * ops.unpack_mask(self.mask, rows.shape)
+        return straight.reshape(weight.shape)
+
+    @torch.no_grad()
+    def round(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the codes of latent weights [rows, columns], as integral floats."""
+        scale = self.scale.reshape(-1, 1)
+        safe = torch.where(scale > 0, scale, torch.inf)
+        scaled = rows.detach().float() / safe
+        codes = scaled.round() if self.rate is None else rate_aware_codes(scaled, self.rate)
+        if self.max_code:
+            codes = codes.clamp(-self.max_code, self.max_code)
+        if self.mask is not None:
+            codes = codes * ops.unpack_mask(self.mask, rows.shape)
+        return codes
 
     def codes(self, quantized: torch.Tensor) -> torch.Tensor:
         """Return the integers k of weights Δ·k on the grid, int32 [rows, columns]."""

@@ -1,0 +1,5 @@
+"""``python -m fitcompress``."""
+
+from fitcompress.cli import main
+
+main()

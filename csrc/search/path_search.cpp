@@ -17,6 +17,8 @@ constexpr Layer kSparsityMove(-1);
 constexpr double kShorter = 1.0 - 1e-12;
 // Children between two calls of `interrupted`: about a millisecond.
 constexpr std::int64_t kInterruptEvery = 1 << 14;
+// About a gigabyte of open nodes; a search that needs more ends as kLimit.
+constexpr std::size_t kMostOpen = std::size_t{1} << 23;
 
 // A level vector as 128 bits that change with each move by exclusive or (Zobrist hashing).
 struct Key {
@@ -102,7 +104,7 @@ class Search {
         lowest = node.cost;
         cheapest_node = id;
       }
-      if (expansions_ == options_.max_expansions) {
+      if (expansions_ == options_.max_expansions || open_.size() > kMostOpen) {
         return finish(moves_to(cheapest_node), PathStatus::kLimit);
       }
       ++expansions_;
@@ -194,6 +196,11 @@ class Search {
     if (static_cast<std::int64_t>(open_.size()) <= options_.beam_width) return;
     const auto end = open_.begin() + options_.beam_width;
     std::nth_element(open_.begin(), end, open_.end());
+    for (auto node = end; node != open_.end(); ++node) {
+      // A dropped node may come back by another way, unless it is one that was overtaken.
+      const auto entry = shortest_.find(node->key);
+      if (entry != shortest_.end() && entry->second == node->g) shortest_.erase(entry);
+    }
     open_.erase(end, open_.end());
     std::make_heap(open_.begin(), open_.end(), worse);
   }

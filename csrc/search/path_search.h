@@ -25,7 +25,7 @@ enum class PathMode {
 enum class PathStatus {
   kReached,    // the levels are within the budget
   kExhausted,  // nothing is left to expand; the cheapest levels that were reached
-  kLimit,      // max_expansions were not enough; the cheapest levels that were reached
+  kLimit,      // max_expansions or memory for 2^23 open nodes were not enough; likewise
 };
 
 struct PathOptions {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SPARSITY = -1
 SHORTER = 1 - 1e-12  # other orders of the same steps differ by rounding: not shorter
+MOST_OPEN = 1 << 23
 
 Move = tuple[int, int]
 
@@ -204,7 +205,7 @@ def path_search(
             return answer(fill(tables, list(node.moves), budget), "reached")
         if lowest is None or node.cost < lowest.cost:
             lowest = node
-        if expansions == max_expansions:
+        if expansions == max_expansions or len(opened) > MOST_OPEN:
             return answer(list(lowest.moves), "limit")
         expansions += 1
         if mode == "greedy":
@@ -222,6 +223,10 @@ def path_search(
                 opened, Node(f, total, generated, g, child, (*node.moves, move))
             )
         if mode == "beam":
-            opened = heapq.nsmallest(beam_width, opened)
+            opened.sort()
+            for dropped in opened[beam_width:]:
+                if shortest.get(dropped.levels) == dropped.g:
+                    del shortest[dropped.levels]
+            opened = opened[:beam_width]
     assert lowest is not None
     return answer(list(lowest.moves), "exhausted")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fitcompress.model.layers import Layer, compressible_layers
-from fitcompress.model.patches import output_columns
+from fitcompress.model.modes import evaluating
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +24,7 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     Args:
         model: The network.
-        inputs: One batch, as the model takes it.
+        inputs: One batch, the samples along its first dimension.
 
     Returns:
         Layer name → multiply-accumulates of one sample.
@@ -36,24 +35,22 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     for layer in layers:
 
         def count(
-            module: nn.Module, _: Any, out: torch.Tensor, name: str = layer.name,
+            _: nn.Module,
+            __: Any,
+            out: torch.Tensor,
+            name: str = layer.name,
             columns: int = layer.columns,
         ) -> None:
-            columns_out = output_columns(module, out)
-            groups, _, positions, rows = columns_out.shape
-            macs[name] += groups * positions * rows * columns
+            macs[name] += out.numel() * columns
 
         handles.append(layer.module.register_forward_hook(count))
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(inputs)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
-    return macs
+    return {name: count // len(inputs) for name, count in macs.items()}
 
 
 def bops(macs: int, weight_bits: float, activation_bits: float = 32) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fitcompress.errors import NoCompressibleLayerError, NonFiniteError
 
@@ -75,7 +76,8 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
     """Return the layers of ``model`` that can be compressed, in the order of the model.
 
     Linear and 1-, 2- and 3-dimensional convolutions with any stride, padding, dilation
-    and groups. A weight that several modules share is left alone and stays in float.
+    and groups. A weight that several modules share is left alone and stays in float, and
+    so do the projections of ``nn.MultiheadAttention``, which are never called as layers.
 
     Args:
         model: The trained network.
@@ -109,6 +111,8 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
 
 
 def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight
+        return False
     if nn.utils.parametrize.is_parametrized(module, "weight"):
         return True
     weight = module.weight

@@ -30,4 +30,39 @@ set_source_files_properties(csrc/fisher/square_accumulate.cpp PROPERTIES
 # may stay undefined.
 target_link_options(fitcompress_ops PRIVATE -Wl,--no-as-needed -Wl,-z,defs -Wl,--exclude-libs,ALL)
 target_link_libraries(fitcompress_ops PRIVATE fitcompress_options fitcompress_torch_stub)
+
+# CUDA kernels, in the same file, which loads without CUDA too: the run-time library is linked
+# statically, and the one function of torch's that they need is weak.
+if(NOT FITCOMPRESS_CUDA STREQUAL "OFF")
+  find_program(FITCOMPRESS_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+  if(FITCOMPRESS_NVCC AND NOT DEFINED ENV{CUDACXX})
+    set(ENV{CUDACXX} ${FITCOMPRESS_NVCC})
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER AND FITCOMPRESS_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FITCOMPRESS_CUDA is ON, but there is no working nvcc; put it on the PATH "
+      "or set CUDACXX")
+  endif()
+endif()
+if(CMAKE_CUDA_COMPILER)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)  # 120 also as PTX, for later ones
+  endif()
+  enable_language(CUDA)
+  set(CUDA_EXACT
+    csrc/compensate/error_feedback_sweep.cu
+    csrc/distortion/distortion_table.cu
+    csrc/quantize/fake_quantize_prune.cu)
+  set_source_files_properties(${CUDA_EXACT} PROPERTIES COMPILE_OPTIONS -fmad=false)
+  target_sources(fitcompress_ops PRIVATE ${CUDA_EXACT} csrc/fisher/square_accumulate.cu)
+  target_compile_definitions(fitcompress_ops PRIVATE FITCOMPRESS_WITH_CUDA)
+  target_compile_options(fitcompress_ops PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror>)
+  set_target_properties(fitcompress_ops PROPERTIES
+    CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
+    CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
+else()
+  message(STATUS "fitcompress: no CUDA kernels (FITCOMPRESS_CUDA=${FITCOMPRESS_CUDA})")
+endif()
 install(TARGETS fitcompress_ops LIBRARY DESTINATION fitcompress)

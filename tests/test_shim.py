@@ -134,12 +134,10 @@ def test_loading_twice_registers_once():
     assert ops._load_library() is not None
 
 
-def test_tensors_on_other_devices_are_refused():
-    weight = torch.ones(2, 3)
-    if not torch.cuda.is_available():
-        pytest.skip("needs a second device")
+@pytest.mark.cuda
+def test_tensors_of_two_devices_are_refused():
     with pytest.raises((ValueError, RuntimeError), match="device"):
-        ops.fake_quantize_prune(weight.cuda(), torch.ones(1))
+        ops.fake_quantize_prune(torch.ones(2, 3).cuda(), torch.ones(1))
 
 
 def test_has_cuda_is_a_flag():

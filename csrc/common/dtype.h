@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define FITCOMPRESS_HOST_DEVICE __host__ __device__
+#else
+#define FITCOMPRESS_HOST_DEVICE
+#endif
+
 namespace fitcompress {
 
 enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt32, kInt64, kUInt8, kBool, kOther };
@@ -22,25 +28,27 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float float_of_bits(uint32_t bits) {
+FITCOMPRESS_HOST_DEVICE inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-inline uint32_t bits_of_float(float value) {
+FITCOMPRESS_HOST_DEVICE inline uint32_t bits_of_float(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float to_float(float value) { return value; }
+FITCOMPRESS_HOST_DEVICE inline float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) { return float_of_bits(uint32_t{value.bits} << 16); }
+FITCOMPRESS_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return float_of_bits(uint32_t{value.bits} << 16);
+}
 
 // Shifts exponent and mantissa into place and corrects the bias by an exact multiplication, which
 // also makes subnormal numbers come out right.
-inline float to_float(Float16 value) {
+FITCOMPRESS_HOST_DEVICE inline float to_float(Float16 value) {
   const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
   const uint32_t finite = bits_of_float(float_of_bits(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN
@@ -48,9 +56,9 @@ inline float to_float(Float16 value) {
   return float_of_bits(bits | ((value.bits & 0x8000u) << 16));
 }
 
-inline void from_float(float value, float* result) { *result = value; }
+FITCOMPRESS_HOST_DEVICE inline void from_float(float value, float* result) { *result = value; }
 
-inline void from_float(float value, BFloat16* result) {
+FITCOMPRESS_HOST_DEVICE inline void from_float(float value, BFloat16* result) {
   const uint32_t bits = bits_of_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   result->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
@@ -58,7 +66,7 @@ inline void from_float(float value, BFloat16* result) {
 
 // Adding a power of two chosen by the exponent rounds the mantissa to 10 bits, ties to even;
 // scaling up and down first turns what is too large into infinity.
-inline void from_float(float value, Float16* result) {
+FITCOMPRESS_HOST_DEVICE inline void from_float(float value, Float16* result) {
   const uint32_t bits = bits_of_float(value);
   const uint32_t doubled = bits + bits;
   const float magnitude = float_of_bits(bits & 0x7fffffffu);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/scratch.h"
+
 namespace fitcompress {
 
 struct SweepShape {
@@ -23,6 +25,6 @@ bool error_feedback_sweep_cpu(SweepShape shape, double* work, const double* fact
 // The same on the device; waits for the result.
 bool error_feedback_sweep_cuda(SweepShape shape, double* work, const double* factor,
                                const double* scale, const uint8_t* mask, int32_t* codes, int device,
-                               void* stream);
+                               void* stream, const Scratch& scratch);
 
 }  // namespace fitcompress

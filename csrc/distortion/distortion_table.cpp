@@ -72,11 +72,6 @@ struct Quantizer {
   }
 };
 
-double largest_code(const Grid& grid, float max) {
-  const Quantizer quantizer(grid);
-  return grid.bits > 0 ? quantizer.max_code : std::ceil(double{max} / quantizer.step);
-}
-
 // ---- Checks and row maxima ----------------------------------------------------------------------
 
 // The largest bit pattern of |x|, which orders like |x| and puts what is not finite at the top.
@@ -303,6 +298,19 @@ void fill_cells(const Sorted& sorted, const std::vector<ClassSums>& sums, size_t
 
 }  // namespace
 
+double largest_code(const Grid& grid, float max) {
+  if (grid.bits > 0) return static_cast<double>((int64_t{1} << (grid.bits - 1)) - 1);
+  return std::ceil(double{max} / static_cast<float>(grid.step));
+}
+
+std::string step_too_small(const Grid& grid, float max) {
+  std::ostringstream text;
+  text << "a step of " << grid.step << " gives codes up to " << largest_code(grid, max)
+       << " for the largest weight, " << max << "; at most " << kLargestCode
+       << " are possible: use larger steps";
+  return text.str();
+}
+
 template <class T>
 std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, const float* fisher,
                                  const float* importance, const DistortionTable& table) {
@@ -318,13 +326,7 @@ std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, 
   std::vector<std::vector<ClassSums>> sums(grids);
   for (size_t g = 0; g < grids; ++g) {
     const double largest = largest_code(shape.grids[g], sorted.max);
-    if (largest > kLargestCode) {
-      std::ostringstream text;
-      text << "a step of " << shape.grids[g].step << " gives codes up to " << largest
-           << " for the largest weight, " << sorted.max << "; at most " << kLargestCode
-           << " are possible: use larger steps";
-      return text.str();
-    }
+    if (largest > kLargestCode) return step_too_small(shape.grids[g], sorted.max);
     histograms.emplace_back(static_cast<size_t>(2 * largest + 1), 0);
     sums[g].resize(sorted.begin.size() - 1);
   }

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "common/scratch.h"
+
 namespace fitcompress {
 
 // One weight grid: codes of `bits` bits with an abs-max scale per row, or, if bits is 0, unbounded
@@ -34,10 +36,23 @@ struct DistortionTable {
 // Codes beyond this are no codes (and would need a histogram of that size).
 constexpr double kLargestCode = 4194304.0;
 
+// The largest code that a grid has for weights up to `max` in magnitude, and what to say if it is
+// beyond kLargestCode.
+double largest_code(const Grid& grid, float max);
+std::string step_too_small(const Grid& grid, float max);
+
 // T: float, BFloat16 or Float16. fisher may be null: 1 everywhere. Returns an empty text or what is
 // wrong with the values.
 template <class T>
 std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, const float* fisher,
                                  const float* importance, const DistortionTable& table);
+
+// The same on a device; order: the indices of the weights, lowest importance first, ties by index.
+// Waits for the result.
+template <class T>
+std::string distortion_table_cuda(const DistortionShape& shape, const T* weight,
+                                  const float* fisher, const float* importance,
+                                  const int64_t* order, const DistortionTable& table, int device,
+                                  void* stream, const Scratch& scratch);
 
 }  // namespace fitcompress

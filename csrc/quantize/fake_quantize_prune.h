@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/scratch.h"
+
 namespace fitcompress {
 
 // The weight as `rows` runs of `cols` consecutive elements, each with its own Δ; one run for a
@@ -28,12 +30,11 @@ template <class T>
 void fake_quantize_prune_cuda(QuantizePruneShape shape, const T* weight, const float* scale,
                               const uint8_t* mask, T* result, int device, void* stream);
 
-// partial: scratch of rows · pieces_per_row(cols) doubles on the device.
 template <class T>
 void fake_quantize_prune_backward_cuda(QuantizePruneShape shape, const T* grad, const T* weight,
                                        const float* scale, const uint8_t* mask, T* grad_weight,
-                                       float* grad_scale, double* partial, int device,
-                                       void* stream);
+                                       float* grad_scale, int device, void* stream,
+                                       const Scratch& scratch);
 
 // A row is cut into pieces of this many elements, each with a partial sum of its own, so that sums
 // do not depend on the number of threads.

@@ -1,6 +1,9 @@
 // What adapters check and how they choose between the CPU and the CUDA kernel.
 #pragma once
 
+#include <memory>
+#include <vector>
+
 #include "common/checks.h"
 #include "torch/tensor.h"
 
@@ -37,6 +40,21 @@ void dispatch_float(const char* op, const char* what, Dtype dtype, Function&& fu
       fail(op, ": ", what, " must be float32, bfloat16 or float16, got ", name(dtype));
   }
 }
+
+// Scratch memory of torch's allocator on the device of a tensor; lives as long as the last copy.
+class ScratchOn {
+ public:
+  explicit ScratchOn(const Tensor& like)
+      : like_(&like), tensors_(std::make_shared<std::vector<Tensor>>()) {}
+  void* operator()(int64_t bytes) const {
+    tensors_->push_back(like_->empty({bytes}, Dtype::kUInt8));
+    return tensors_->back().data();
+  }
+
+ private:
+  const Tensor* like_;
+  std::shared_ptr<std::vector<Tensor>> tensors_;
+};
 
 }  // namespace fitcompress
 

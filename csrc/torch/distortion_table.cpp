@@ -74,7 +74,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distortion_table(
   std::string problem;
   dispatch_float(kOp, "weight", weights.dtype(), [&](auto element) {
     using T = decltype(element);
-    problem = distortion_table_cpu(shape, weights.data<T>(), f, importances.data<float>(), table);
+    FITCOMPRESS_DISPATCH(
+        weight,
+        problem =
+            distortion_table_cpu(shape, weights.data<T>(), f, importances.data<float>(), table),
+        const Tensor order = importances.stable_argsort();
+        problem = distortion_table_cuda(shape, weights.data<T>(), f, importances.data<float>(),
+                                        order.data<int64_t>(), table, weight.device_index(),
+                                        current_stream(weight), ScratchOn(weight)));
   });
   require(problem.empty(), kOp, ": ", problem);
   return {std::move(distortion),  std::move(nnz),          std::move(entropy_bits),

@@ -43,9 +43,9 @@ Tensor error_feedback_sweep(const Tensor& weight, const Tensor& factor, const Te
       weight,
       ok = error_feedback_sweep_cpu(shape, work.data<double>(), factors.data<double>(),
                                     steps.data<double>(), kept, codes.data<int32_t>()),
-      ok = error_feedback_sweep_cuda(shape, work.data<double>(), factors.data<double>(),
-                                     steps.data<double>(), kept, codes.data<int32_t>(),
-                                     weight.device_index(), current_stream(weight)));
+      ok = error_feedback_sweep_cuda(
+          shape, work.data<double>(), factors.data<double>(), steps.data<double>(), kept,
+          codes.data<int32_t>(), weight.device_index(), current_stream(weight), ScratchOn(weight)));
   require(ok, kOp,
           ": a code is not a finite 32-bit integer; weight and scale must be finite, the diagonal "
           "of factor positive, and the scale large enough");

@@ -75,17 +75,14 @@ std::tuple<Tensor, Tensor> fake_quantize_prune_backward(const Tensor& grad, cons
   Tensor grad_scale = scale.empty(scale.sizes(), Dtype::kFloat32);
   dispatch_float(kOp, "weight", weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    FITCOMPRESS_DISPATCH(
-        weight,
-        fake_quantize_prune_backward_cpu(shape, grads.data<T>(), weights.data<T>(),
-                                         scales.data<float>(), data_or_null(bits),
-                                         grad_weight.data<T>(), grad_scale.data<float>()),
-        const Tensor partial =
-            weight.empty({shape.rows * pieces_per_row(shape.cols)}, Dtype::kFloat64);
-        fake_quantize_prune_backward_cuda(
-            shape, grads.data<T>(), weights.data<T>(), scales.data<float>(), data_or_null(bits),
-            grad_weight.data<T>(), grad_scale.data<float>(), partial.data<double>(),
-            weight.device_index(), current_stream(weight)));
+    FITCOMPRESS_DISPATCH(weight,
+                         fake_quantize_prune_backward_cpu(
+                             shape, grads.data<T>(), weights.data<T>(), scales.data<float>(),
+                             data_or_null(bits), grad_weight.data<T>(), grad_scale.data<float>()),
+                         fake_quantize_prune_backward_cuda(
+                             shape, grads.data<T>(), weights.data<T>(), scales.data<float>(),
+                             data_or_null(bits), grad_weight.data<T>(), grad_scale.data<float>(),
+                             weight.device_index(), current_stream(weight), ScratchOn(weight)));
   });
   return {std::move(grad_weight), std::move(grad_scale)};
 }

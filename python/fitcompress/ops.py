@@ -112,7 +112,8 @@ def distortion_table(
       clip(round(w/Δ_r), ±(2^{b−1} − 1));
     - step Δ: codes round(w/Δ) without bounds.
 
-    Rounding is half to even, values are float32, sums float64.
+    Rounding is half to even, values are float32, sums float64. On CUDA tensors the
+    call sorts the importances and waits for the result.
 
     Args:
         weight: [R, N], float32, bfloat16 or float16; rows are output channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from fitcompress.errors import DataError, EmptyLoaderError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Batches", "split_batch", "take"]
+__all__ = ["Batches", "digest", "split_batch", "take"]
 
 
 def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
@@ -37,14 +38,16 @@ def take(loader: Iterable[Any], samples: int | None) -> Iterator[tuple[torch.Ten
 
     Raises:
         EmptyLoaderError: The loader yields nothing.
-        DataError: A batch cannot be used.
+        DataError: A batch cannot be used, or ``samples`` is not positive.
     """
+    if samples is not None and samples < 1:
+        raise DataError("no sample may be used", got=samples, wanted="at least one")
     seen = 0
     for batch in loader:
         x, y = split_batch(batch)
         if samples is not None and seen + len(x) > samples:
             keep = samples - seen
-            x, y = x[:keep], None if y is None else y[:keep]
+            x, y = x[:keep], _cut(y, keep)
         seen += len(x)
         if len(x):
             yield x, y
@@ -57,6 +60,22 @@ def take(loader: Iterable[Any], samples: int | None) -> Iterator[tuple[torch.Ten
             wanted="at least one batch of inputs",
             fix="check the data set, drop_last and whether a generator was already used up",
         )
+
+
+def digest(x: torch.Tensor, start: int = 0) -> int:
+    """Return the CRC-32 of the values of ``x``, continued from ``start``."""
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"", start)
+
+
+def _cut(y: Any, keep: int) -> Any:
+    """Return the targets of the first ``keep`` samples; containers are cut inside."""
+    if isinstance(y, dict):
+        return {key: _cut(value, keep) for key, value in y.items()}
+    if isinstance(y, (tuple, list)) and any(torch.is_tensor(value) for value in y):
+        cut = [_cut(value, keep) for value in y]
+        return type(y)(*cut) if hasattr(y, "_fields") else type(y)(cut)
+    return None if y is None else y[:keep]
 
 
 class Batches:

@@ -48,6 +48,13 @@ def load_cifar10(folder: str | os.PathLike[str] | None) -> Dataset:
     parts = [_read(root / f"data_batch_{i}.bin") for i in range(1, 6)]
     x = torch.cat([p[0] for p in parts])
     y = torch.cat([p[1] for p in parts])
+    if len(x) <= VALIDATION:
+        raise DataError(
+            f"the training files in {root} are too short",
+            got=f"{len(x)} images",
+            wanted=f"more than the {VALIDATION} that are held out for validation",
+            fix="unpack cifar-10-binary.tar.gz again",
+        )
     return Dataset(
         name="cifar10",
         train=(x[:-VALIDATION], y[:-VALIDATION]),

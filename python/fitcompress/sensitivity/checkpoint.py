@@ -57,7 +57,13 @@ def load_moments(path: str | os.PathLike[str], key: str) -> Moments | None:
         for name, tensor in tensors.items():
             kind, layer = name.split("/", 1)
             getattr(moments, kind)[layer] = tensor
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (
+        safetensors.SafetensorError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+    ) as error:
         logger.warning("%s is damaged and not used: %s", path, error)
         return None
     return moments

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from fitcompress import ops
-from fitcompress.errors import CalibrationError, NonFiniteError
+from fitcompress.errors import (
+    CalibrationError,
+    DataError,
+    NonFiniteError,
+    UnsupportedLayerError,
+)
 from fitcompress.model import patches
 from fitcompress.model.patches import output_columns
 
@@ -76,7 +81,29 @@ def sampled_label_loss(output: torch.Tensor, generator: torch.Generator) -> torc
 
     The gradients of this loss give the true Fisher information of the model, which needs
     no labels and does not vanish on memorised training data as fast as the empirical one.
+
+    Args:
+        output: Logits, [B, …, classes].
+        generator: Draws the labels.
+
+    Raises:
+        DataError: The output is no such tensor.
+        NonFiniteError: A logit is NaN or infinite.
     """
+    if not torch.is_tensor(output) or output.dim() < 2 or not output.is_floating_point():
+        shape = f" of shape {tuple(output.shape)}" if torch.is_tensor(output) else ""
+        raise DataError(
+            "labels cannot be sampled from the model's output",
+            got=f"{type(output).__name__}{shape}",
+            wanted="a tensor of logits [batch, …, classes]",
+            fix="pass a loss_fn, or wrap the model so that it returns its logits",
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(
+            "the model's output is NaN or infinite",
+            wanted="finite logits",
+            fix="look for NaN in the inputs and for overflow in half precision",
+        )
     logits = output.flatten(0, -2)
     probability = logits.detach().softmax(-1).double()
     label = torch.multinomial(probability, 1, generator=generator).squeeze(1)
@@ -117,6 +144,7 @@ class FisherEstimator:
         Raises:
             NonFiniteError: The loss or a gradient is NaN or infinite.
             CalibrationError: The loss does not depend on a layer.
+            UnsupportedLayerError: A layer mixes samples.
         """
         caught, loss, grads = self._gradients(x, y, loss_fn)
         batch = len(x)
@@ -132,7 +160,7 @@ class FisherEstimator:
                     wanted="a forward pass that reaches every compressible layer",
                     fix="pass data that exercise it, or take the layer out of the model",
                 )
-            self._add(layer, uses[layer.name])
+            self._add(layer, uses[layer.name], batch)
         self.moments.samples += batch
         self.moments.loss += loss * batch
         self.moments.batches += 1
@@ -180,11 +208,12 @@ class FisherEstimator:
             return self._gradients(x, y, loss_fn)
         return caught, float(loss.detach()), grads
 
-    def _check_loss(self, loss: torch.Tensor) -> None:
-        if loss.numel() != 1:
+    def _check_loss(self, loss: Any) -> None:
+        if not torch.is_tensor(loss) or loss.numel() != 1:
+            shape = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else ""
             raise CalibrationError(
-                "the loss is not one number",
-                got=f"shape {tuple(loss.shape)}",
+                "the loss is not a tensor of one number",
+                got=shape or type(loss).__name__,
                 wanted="the mean loss of the batch",
                 fix="use reduction='mean'",
             )
@@ -202,11 +231,15 @@ class FisherEstimator:
                 fix="do not detach the model's output or use torch.no_grad inside it",
             )
 
-    def _add(self, layer: Layer, uses: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _add(
+        self, layer: Layer, uses: list[tuple[torch.Tensor, torch.Tensor]], batch: int
+    ) -> None:
         # A layer that runs twice sums its gradients before they are squared: positions
         # of all uses stand side by side.
-        inputs = torch.cat([patches(layer.module, a) for a, _ in uses], dim=2)
-        grads = torch.cat([output_columns(layer.module, e) for _, e in uses], dim=2)
+        parts = [patches(layer.module, a) for a, _ in uses]
+        inputs = torch.cat([_by_sample(layer, p, batch) for p in parts], dim=2)
+        parts = [output_columns(layer.module, e) for _, e in uses]
+        grads = torch.cat([_by_sample(layer, p, batch) for p in parts], dim=2)
         squares = self.moments.squares[layer.name]
         per_group = squares.view(layer.groups, -1, layer.columns)
         trace = self.moments.trace[layer.name]
@@ -225,3 +258,19 @@ class FisherEstimator:
             per_group += added
             mean = total / min(CHUNK, inputs.shape[1] - start)
             trace += torch.tensor([total, mean * mean, 1.0], dtype=torch.float64)
+
+
+def _by_sample(layer: Layer, columns: torch.Tensor, batch: int) -> torch.Tensor:
+    """Return [groups, B·k, P, I] as [groups, B, k·P, I].
+
+    Models may fold windows or time steps of a sample into the batch, sample by sample.
+    """
+    groups, rows, positions, width = columns.shape
+    if rows % batch:
+        raise UnsupportedLayerError(
+            f"layer {layer.name!r} does not see the samples one by one",
+            got=f"{rows} along its first dimension",
+            wanted=f"{batch}, or a multiple: the samples of the batch",
+            fix="let the batch be the first dimension of the layer's input",
+        )
+    return columns.reshape(groups, batch, rows // batch * positions, width)

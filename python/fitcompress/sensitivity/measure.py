@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 
 from fitcompress import ops
-from fitcompress.data.batches import take
+from fitcompress.data.batches import digest, take
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
+from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
 from fitcompress.sensitivity.fisher import FisherEstimator, Moments, sampled_label_loss
@@ -74,6 +76,8 @@ def measure(
         EmptyLoaderError: The loader yields nothing.
         NonFiniteError: A weight, the loss or a gradient is NaN or infinite.
         CalibrationError: The loss has no gradient or does not depend on a layer.
+        DataError: A batch, or the output of the model for sampled labels, does not serve.
+        UnsupportedLayerError: A layer mixes the samples of a batch.
         OutputError: The checkpoint cannot be written.
     """
     layers = compressible_layers(model)
@@ -81,18 +85,18 @@ def measure(
     if checkpoint is not None:
         check_writable(checkpoint)
     chosen = tuple(grids) if grids is not None else default_grids(layers)
-    first = next(iter(take(loader, 1)))[0]
-    macs = count_macs(model, first)
-    training = model.training
-    model.eval()
-    try:
+    batches, ahead = itertools.tee(loader)  # a generator must not lose its first batch
+    first = next(take(ahead, samples))[0]
+    del ahead
+    macs = count_macs(model, first[:1])
+    # What must be equal for a checkpoint to be continued.
+    labels = "sampled" if loss_fn is None else "data"
+    key = f"{fingerprint(model, layers)}-{labels}-{seed}-{samples}-{digest(first):08x}"
+    with evaluating(model):
         moments = _moments(
-            model, layers, loader, loss_fn, samples, checkpoint, seed, progress=progress
+            model, layers, batches, loss_fn, samples, checkpoint, key, seed, progress=progress
         )
-    finally:
-        model.train(training)
     table = _table(layers, moments, chosen, sparsities, progress=progress)
-    labels = "data" if loss_fn is not None else "sampled"
     sensitivity = Sensitivity(
         names=tuple(layer.name for layer in layers),
         shapes=tuple(layer.shape for layer in layers),
@@ -119,13 +123,11 @@ def _moments(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     samples: int | None,
     checkpoint: str | os.PathLike[str] | None,
+    key: str,
     seed: int,
     *,
     progress: bool,
 ) -> Moments:
-    # What must be equal for a checkpoint to be continued.
-    labels = "sampled" if loss_fn is None else "data"
-    key = f"{fingerprint(model, layers)}-{labels}-{seed}-{samples}"
     moments = load_moments(checkpoint, key) if checkpoint is not None else None
     estimator = FisherEstimator(model, layers, moments)
     resume = estimator.moments.batches

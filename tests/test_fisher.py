@@ -1,0 +1,328 @@
+"""Fisher moments against per-sample gradients of torch.func, and measuring in parts."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+import fitcompress as fc
+from fitcompress.errors import UnsupportedLayerError
+from fitcompress.model import compressible_layers
+from fitcompress.sensitivity import measure as measuring
+from fitcompress.sensitivity.fisher import FisherEstimator, Moments, sampled_label_loss
+
+
+class Twice(nn.Module):
+    """One layer at two places: its gradients are summed before they are squared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(self.inner(x).tanh()).tanh())
+
+
+class Windows(nn.Module):
+    """Folds the positions of a sample into the batch before a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(x.reshape(-1, 4)).tanh().reshape(len(x), -1))
+
+
+class Overwrites(nn.Module):
+    """Changes a layer's input in place after the layer has used it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.inner(x)
+        x += 1
+        return self.out(torch.tanh(x + y))
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).mean(2)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model[0].requires_grad_(False)
+    return model
+
+
+def normed() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU(), Mean(), nn.Linear(4, 3))
+
+
+def sequential(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, Mean())
+
+
+CASES = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
+    "sequence": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)
+        ),
+        (5, 4),
+    ),
+    "conv1d": (lambda: sequential(nn.Conv1d(2, 4, 3, 2), nn.Conv1d(4, 3, 2)), (2, 9)),
+    "groups": (
+        lambda: sequential(
+            nn.Conv2d(4, 6, 3, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1, groups=3)
+        ),
+        (4, 6, 6),
+    ),
+    "depthwise, dilated, circular": (
+        lambda: sequential(
+            nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, padding_mode="circular")
+        ),
+        (3, 5, 5),
+    ),
+    "same padding": (
+        lambda: sequential(nn.Conv2d(2, 3, (5, 3), padding="same")),
+        (2, 5, 5),
+    ),
+    "conv3d": (lambda: sequential(nn.Conv3d(2, 3, 2, stride=(1, 2, 1))), (2, 3, 4, 3)),
+    "batch norm": (normed, (2, 5, 5)),
+    "reused layer": (Twice, (4,)),
+    "folded batch": (Windows, (3, 4)),
+    "overwritten input": (Overwrites, (4,)),
+    "in-place activation": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
+        (4,),
+    ),
+    "frozen first layer": (
+        lambda: frozen(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))),
+        (4,),
+    ),
+}
+
+
+def make_case(name: str, samples: int = 20) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    build, shape = CASES[name]
+    return build().eval(), torch.randn(samples, *shape)
+
+
+def oracle(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Per-sample gradients of every parameter, [N, …], one sample at a time."""
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor):
+        out = functional_call(model, (values, buffers), (x[None],))
+        return cross_entropy(out, y[None])
+
+    return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_moments_equal_per_sample_gradients(name) -> None:
+    model, x = make_case(name)
+    y = torch.arange(len(x)) % 3
+    estimator = FisherEstimator(model, compressible_layers(model))
+    for part in (slice(0, 16), slice(16, 20)):  # a short last batch
+        estimator.update(x[part], y[part], cross_entropy)
+    # The oracle cannot run modules that work in place: same model without.
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    if isinstance(plain, Overwrites):
+        plain.forward = lambda x: plain.out(torch.tanh(x + 1 + plain.inner(x)))
+    gradients = oracle(plain, x, y)
+    assert estimator.moments.samples == 20
+    for layer in estimator.layers:
+        key = f"{layer.name}.weight".removeprefix(".")
+        squares = gradients[key].double().square()
+        wanted = squares.mean(0).flatten(1)
+        measured = estimator.moments.diagonal(layer.name)
+        torch.testing.assert_close(measured.double(), wanted, rtol=1e-4, atol=1e-9)
+        trace = estimator.moments.mean_trace(layer.name)
+        assert trace == pytest.approx(float(wanted.sum()), rel=1e-5)
+    with torch.no_grad():
+        loss = float(cross_entropy(plain(x), y))
+    assert estimator.moments.loss / 20 == pytest.approx(loss, rel=1e-5)
+
+
+def test_batches_of_any_size_give_the_same_moments() -> None:
+    model, x = make_case("groups", 21)
+    y = torch.arange(len(x)) % 3
+    found = []
+    for size in (1, 8, 21):
+        estimator = FisherEstimator(model, compressible_layers(model))
+        for part, labels in zip(x.split(size), y.split(size), strict=True):
+            estimator.update(part, labels, cross_entropy)
+        found.append(estimator.moments)
+    for other in found[1:]:
+        for name, squares in found[0].squares.items():
+            torch.testing.assert_close(other.squares[name], squares, rtol=1e-4, atol=0)
+
+
+def test_half_precision_is_accumulated_in_more() -> None:
+    model, x = make_case("mlp")
+    y = torch.arange(len(x)) % 3
+    exact = FisherEstimator(model, compressible_layers(model))
+    exact.update(x, y, cross_entropy)
+    half = copy.deepcopy(model).bfloat16()
+    rough = FisherEstimator(half, compressible_layers(half))
+    rough.update(x.bfloat16(), y, lambda out, y: cross_entropy(out.float(), y))
+    for name, squares in exact.moments.squares.items():
+        assert rough.moments.squares[name].dtype == torch.float64
+        ratio = float(rough.moments.squares[name].sum() / squares.sum())
+        assert ratio == pytest.approx(1, abs=0.05)
+
+
+def test_the_relative_error_is_that_of_the_mean_of_chunks() -> None:
+    # Chunk means 1, 2, 3: mean 2, standard deviation 1, of the mean 1/√3.
+    moments = Moments(samples=48, trace={"a": torch.tensor([96.0, 14.0, 3.0]).double()})
+    assert moments.mean_trace("a") == 2
+    assert moments.relative_error("a") == pytest.approx(1 / math.sqrt(3) / 2)
+    assert Moments(trace={"a": torch.zeros(3)}).relative_error("a") == 0
+
+
+def test_a_layer_that_mixes_samples_cannot_be_measured() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x[::2] + x[1::2]).repeat(2, 1)
+
+    model = Mixes()
+    estimator = FisherEstimator(model, compressible_layers(model))
+    with pytest.raises(UnsupportedLayerError, match=r"'linear'.*got 5 .*wanted 10"):
+        estimator.update(torch.randn(10, 4), torch.zeros(10).long(), cross_entropy)
+
+
+def test_sampled_labels_give_the_true_fisher_information() -> None:
+    # Logits (w·x, 0): F = x² p (1 − p) for the weight of the first logit.
+    model = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.5], [0.0]]))
+    x = torch.full((6000, 1), 0.8)
+    sens = fc.measure(model, x.split(1000), samples=None, progress=False)
+    p = 1 / (1 + math.exp(-1.5 * 0.8))
+    # Both rows of the weight have this information; standard error about 1 %.
+    assert sens.fisher_trace[0] == pytest.approx(2 * 0.64 * p * (1 - p), rel=0.05)
+
+
+def test_sampled_labels_follow_the_generator_and_every_position() -> None:
+    logits = torch.randn(3, 5, 4)
+    draws = [
+        sampled_label_loss(logits, torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    certain = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    assert float(sampled_label_loss(certain, torch.Generator())) < 1e-30
+
+
+def test_measuring_leaves_the_model_as_it_was(net, images) -> None:
+    net.train()
+    net.norm.eval()
+    net.conv.weight.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    fc.measure(net, [images[:8]], progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [k for k, p in net.named_parameters() if not p.requires_grad] == [
+        "conv.weight"
+    ]
+    assert all(p.grad is None for p in net.parameters())
+    assert net.training
+    assert not net.norm.training
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def same(a: fc.Sensitivity, b: fc.Sensitivity) -> bool:
+    values = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(
+        np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in values
+    )
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_after(batches: list[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    yield from batches[:count]
+    raise KilledError
+
+
+@pytest.mark.parametrize("survived", [1, 3, 5])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_killed_and_resumed_gives_the_same_numbers(
+    net, images, tmp_path, monkeypatch, survived, sampled
+) -> None:
+    loss = None if sampled else lambda out, _: out.logsumexp(-1).mean()
+    batches = list(images.split(20))  # four of 20, one of 16
+    whole = fc.measure(net, batches, loss, progress=False)
+    monkeypatch.setattr(measuring, "SAVE_EVERY", -1.0)
+    file = tmp_path / "moments"
+    with pytest.raises(KilledError):
+        fc.measure(
+            net,
+            killed_after(batches, survived),
+            loss,
+            checkpoint=file,
+            progress=False,
+        )
+    assert file.exists()
+    resumed = fc.measure(net, batches, loss, checkpoint=file, progress=False)
+    assert same(resumed, whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["seed", "weights", "samples", "batches", "damage"])
+def test_a_checkpoint_of_something_else_is_not_used(
+    net, images, tmp_path, monkeypatch, caplog, change
+) -> None:
+    batches = list(images.split(20))
+    options = {"seed": 3, "samples": 90, "progress": False}
+    file = tmp_path / "moments"
+    monkeypatch.setattr(measuring, "SAVE_EVERY", -1.0)
+    with pytest.raises(KilledError):
+        fc.measure(net, killed_after(batches, 2), checkpoint=file, **options)
+    if change == "weights":
+        with torch.no_grad():
+            net.out.bias.add_(0.5)
+    elif change == "batches":
+        batches = list(images.split(30))
+    elif change == "damage":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        options |= {change: 89}
+    fresh = fc.measure(net, batches, **options)
+    with caplog.at_level(logging.WARNING):
+        resumed = fc.measure(net, batches, checkpoint=file, **options)
+    assert same(resumed, fresh)
+    assert "not used" in caplog.text
+
+
+def test_a_generator_is_measured_whole(net, images) -> None:
+    whole = fc.measure(net, images.split(32), progress=False)
+    assert same(fc.measure(net, (x for x in images.split(32)), progress=False), whole)

@@ -12,8 +12,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <sstream>
 
+#include "common/buffer.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -30,7 +32,7 @@ constexpr uint32_t kInfinity = 0x7f800000u;
 
 // The weights class by class; class k is [begin[k], begin[k + 1]).
 struct Sorted {
-  std::vector<float> weight, fisher, row_max;
+  Buffer<float> weight, fisher, row_max;
   std::vector<int64_t> begin;
   std::vector<double> pruned;  // Σ F θ² of each class
   float max;                   // largest |θ|
@@ -137,8 +139,8 @@ Sorted sort_by_class(const DistortionShape& shape, const T* weight, const float*
                      const float* importance, const std::vector<float>& row_max) {
   const int64_t count = shape.rows * shape.cols;
   const size_t classes = shape.dropped.size() + 1;
-  std::vector<uint16_t> class_of(static_cast<size_t>(count));
-  classify_by_importance(importance, count, shape.dropped, class_of.data());
+  const Buffer<uint16_t> class_of = make_buffer<uint16_t>(count);
+  classify_by_importance(importance, count, shape.dropped, class_of.get());
 
   // Where each chunk writes its part of each class.
   const int64_t chunk = std::max<int64_t>((count + kChunks - 1) / kChunks, 1);
@@ -152,9 +154,9 @@ Sorted sort_by_class(const DistortionShape& shape, const T* weight, const float*
   });
   Sorted sorted;
   sorted.max = row_max.empty() ? 0.0f : *std::max_element(row_max.begin(), row_max.end());
-  sorted.weight.resize(static_cast<size_t>(count));
-  sorted.fisher.resize(static_cast<size_t>(count));
-  sorted.row_max.resize(static_cast<size_t>(count));
+  sorted.weight = make_buffer<float>(count);
+  sorted.fisher = make_buffer<float>(count);
+  sorted.row_max = make_buffer<float>(count);
   int64_t place = 0;
   for (size_t k = 0; k < classes; ++k) {
     sorted.begin.push_back(place);
@@ -183,18 +185,43 @@ Sorted sort_by_class(const DistortionShape& shape, const T* weight, const float*
 
 // ---- One grid -----------------------------------------------------------------------------------
 
+// Counts of codes. Where that is cheap, kWays counters a code take turns: adding to the same one
+// again and again would make each addition wait for the last.
+struct Histogram {
+  static constexpr int64_t kWays = 4;
+  int64_t largest, ways;
+  std::vector<int64_t> counts;
+
+  explicit Histogram(int64_t largest_code)
+      : largest(largest_code),
+        ways(largest_code < (1 << 15) ? kWays : 1),
+        counts(static_cast<size_t>((2 * largest_code + 1) * ways), 0) {}
+  FITCOMPRESS_INLINE void add(const int32_t* codes, int64_t count) {
+    int64_t* const zero = counts.data() + largest * ways;
+    if (ways == kWays) {
+      for (int64_t j = 0; j < count; ++j) ++zero[codes[j] * kWays + j % kWays];
+    } else {
+      for (int64_t j = 0; j < count; ++j) ++zero[codes[j]];
+    }
+  }
+  int64_t operator[](int64_t code) const {
+    const int64_t* const first = counts.data() + (code + largest) * ways;
+    return std::accumulate(first, first + ways, int64_t{0});
+  }
+};
+
 // Adds the elements [begin, end) to a class's sums, and their codes to the histogram.
 FITCOMPRESS_INLINE void add_class(const Sorted& sorted, int64_t begin, int64_t end,
-                                  const Quantizer& grid, const Quantizer& next, int64_t* zero_code,
-                                  ClassSums* sums) {
+                                  const Quantizer& grid, const Quantizer& next,
+                                  Histogram* histogram, ClassSums* sums) {
   LaneSum error, norm, to_next;
   float error_terms[kBlock], norm_terms[kBlock], next_terms[kBlock];
   int32_t codes[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = std::min(kBlock, end - i);
-    const float* const w = sorted.weight.data() + i;
-    const float* const f = sorted.fisher.data() + i;
-    const float* const m = sorted.row_max.data() + i;
+    const float* const w = sorted.weight.get() + i;
+    const float* const f = sorted.fisher.get() + i;
+    const float* const m = sorted.row_max.get() + i;
     for (int64_t j = 0; j < count; ++j) {
       const float delta = grid.delta(m[j]);
       const float code = grid.code(w[j], delta);
@@ -206,7 +233,7 @@ FITCOMPRESS_INLINE void add_class(const Sorted& sorted, int64_t begin, int64_t e
       norm_terms[j] = f[j] * (value * value);
       next_terms[j] = f[j] * (step * step);
     }
-    for (int64_t j = 0; j < count; ++j) ++zero_code[codes[j]];
+    histogram->add(codes, count);
     const int64_t padded = (count + kSums - 1) / kSums * kSums;
     for (int64_t j = count; j < padded; ++j) error_terms[j] = norm_terms[j] = next_terms[j] = 0.0f;
     for (int64_t j = 0; j < padded; j += kSums) {
@@ -221,29 +248,29 @@ FITCOMPRESS_INLINE void add_class(const Sorted& sorted, int64_t begin, int64_t e
 }
 
 // n·H = n log n − Σ c log c over the kept codes in the histogram and n − kept masked zeros.
-void count_codes(const std::vector<int64_t>& histogram, int64_t count, ClassSums* sums) {
-  const size_t zero = histogram.size() / 2;
+void count_codes(const Histogram& histogram, int64_t count, ClassSums* sums) {
   const auto term = [](int64_t c) {
     return c > 1 ? static_cast<double>(c) * std::log2(static_cast<double>(c)) : 0.0;
   };
   double total = 0;
   int64_t nonzero = 0;
-  for (size_t code = 0; code < histogram.size(); ++code) {
-    if (code == zero) continue;
-    nonzero += histogram[code];
-    total += term(histogram[code]);
+  for (int64_t code = -histogram.largest; code <= histogram.largest; ++code) {
+    if (code == 0) continue;
+    const int64_t with_code = histogram[code];
+    nonzero += with_code;
+    total += term(with_code);
   }
   sums->nonzero = nonzero;
   sums->code_bits = std::max(0.0, term(count) - (total + term(count - nonzero)));
 }
 
-void sum_grid(const Sorted& sorted, const Grid& grid, const Grid& next,
-              std::vector<int64_t>* histogram, std::vector<ClassSums>* sums) {
+void sum_grid(const Sorted& sorted, const Grid& grid, const Grid& next, Histogram* histogram,
+              std::vector<ClassSums>* sums) {
   const Quantizer quantizer(grid), next_quantizer(next);
   for (size_t k = sums->size(); k-- > 0;) {
     dispatch_isa([&](auto) __attribute__((always_inline)) {
-      add_class(sorted, sorted.begin[k], sorted.begin[k + 1], quantizer, next_quantizer,
-                histogram->data() + histogram->size() / 2, &(*sums)[k]);
+      add_class(sorted, sorted.begin[k], sorted.begin[k + 1], quantizer, next_quantizer, histogram,
+                &(*sums)[k]);
     });
     if (k > 0) count_codes(*histogram, sorted.begin.back(), &(*sums)[k]);
   }
@@ -322,12 +349,12 @@ std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, 
 
   // Allocated here, because nothing may throw on another thread.
   const size_t grids = shape.grids.size();
-  std::vector<std::vector<int64_t>> histograms;
+  std::vector<Histogram> histograms;
   std::vector<std::vector<ClassSums>> sums(grids);
   for (size_t g = 0; g < grids; ++g) {
     const double largest = largest_code(shape.grids[g], sorted.max);
     if (largest > kLargestCode) return step_too_small(shape.grids[g], sorted.max);
-    histograms.emplace_back(static_cast<size_t>(2 * largest + 1), 0);
+    histograms.emplace_back(static_cast<int64_t>(largest));
     sums[g].resize(sorted.begin.size() - 1);
   }
   parallel_for(static_cast<int64_t>(grids), 1, [&](int64_t first, int64_t last) {

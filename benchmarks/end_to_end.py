@@ -151,7 +151,7 @@ class Network:
     def finetuned(self, small: nn.Module, share: float, limit: float) -> None:
         """Train ``small`` in place and judge it."""
         with stopwatch() as watch:
-            fc.finetune(
+            outcome = fc.finetune(
                 small,
                 self.data.training(128, self.seed),
                 epochs=EPOCHS,
@@ -159,7 +159,10 @@ class Network:
                 validation=self.data.validating(),
                 seed=self.seed,
             )
-        self.file(small, share, f"fine-tuned, {EPOCHS} epochs", watch, limit)
+        method = f"fine-tuned, {EPOCHS} epochs"
+        if not outcome.kept:  # no better on the validation data
+            method += ", start restored"
+        self.file(small, share, method, watch, limit)
 
     def file(
         self,

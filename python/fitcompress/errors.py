@@ -13,8 +13,10 @@ __all__ = [
     "MissingDependencyError",
     "NoCompressibleLayerError",
     "NonFiniteError",
+    "OptionError",
     "OutputError",
     "PlanMismatchError",
+    "SearchLimitError",
     "UnsupportedLayerError",
 ]
 
@@ -113,6 +115,14 @@ class BudgetExceededError(FitcompressError, ValueError):
     ) -> None:
         super().__init__(what, got=got, wanted=wanted, fix=fix)
         self.size_bytes = size_bytes
+
+
+class OptionError(FitcompressError, ValueError):
+    """An option, or a combination of options, cannot work."""
+
+
+class SearchLimitError(FitcompressError, RuntimeError):
+    """A search gave up before it met the budget."""
 
 
 class FormatError(FitcompressError, ValueError):

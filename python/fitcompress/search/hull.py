@@ -93,11 +93,14 @@ def front(cost: NDArray[np.int64], value: NDArray[np.float64]) -> Front:
     first = np.array(start, dtype=np.int64)
     rows = np.arange(len(cost))
     costs = np.cumsum([int(cost[rows, first].sum()), *(m[3] for m in moves)])
-    values = np.cumsum([float(value[rows, first].sum()), *(m[4] for m in moves)])
+    # The values fall by orders of magnitude: sums in float64 would leave the last ones,
+    # and the lower bounds they give, with the rounding errors of the first.
+    falls = np.array([m[4] for m in moves], dtype=np.longdouble)
+    values = np.cumsum([value[rows, first].sum(dtype=np.longdouble), *falls])
     return Front(
         start=first,
         layer=np.array([m[1] for m in moves], dtype=np.int64),
         index=np.array([m[2] for m in moves], dtype=np.int64),
         cost=costs.astype(np.int64),
-        value=values,
+        value=values.astype(np.float64),
     )

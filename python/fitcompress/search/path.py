@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fitcompress import _core
+from fitcompress.errors import OptionError, SearchLimitError
 from fitcompress.search.problem import Choice, Problem
 
 if TYPE_CHECKING:
@@ -43,12 +44,21 @@ class PathSearch:
     max_expansions: int = 200_000
 
     def solve(self, problem: Problem) -> Choice:
-        """Return the chosen cell of every layer."""
+        """Return the chosen cell of every layer.
+
+        Raises:
+            OptionError: The problem mixes steps and bits.
+            SearchLimitError: ``max_expansions`` did not suffice.
+        """
         table, grids = problem.sensitivity, problem.grids
         families = {table.grids[g].family for g in grids}
         if len(families) > 1:
-            msg = "a path needs grids of one family; use family='step' or family='bits'"
-            raise ValueError(msg)
+            raise OptionError(
+                "a path needs grids of one family",
+                got=" and ".join(sorted(families)),
+                wanted="step or bits",
+                fix="search with family='step' or family='bits'",
+            )
 
         def cells(array: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.ascontiguousarray(array[:, grids])
@@ -72,12 +82,12 @@ class PathSearch:
             max_expansions=self.max_expansions,
         )
         if answer["status"] != "reached":
-            msg = (
-                f"the path search did not reach the budget in {answer['expansions']} "
-                f"expansions; got cost {answer['cost']}, wanted {problem.limit}; raise "
-                "max_expansions, or use mode='greedy' or a larger lam"
+            raise SearchLimitError(
+                f"the path search ended after {answer['expansions']} expansions",
+                got=f"cost {answer['cost']}",
+                wanted=f"at most {problem.limit}",
+                fix="raise max_expansions, or use mode='greedy' or a larger lam",
             )
-            raise RuntimeError(msg)
         grid = np.asarray(answer["grids"], dtype=np.int64)
         return Choice(
             grid=grid,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fitcompress.errors import BudgetInfeasibleError
+from fitcompress.errors import BudgetInfeasibleError, OptionError
 from fitcompress.search.plan import Level, Plan
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None
             size, fixed-point bits for one on bit operations.
 
     Raises:
-        ValueError: The table has no grid of that family.
+        OptionError: The table has no grid of that family.
     """
     family = family or ("step" if budget.kind == "size" else "bits")
     grids = np.array(
@@ -129,8 +129,12 @@ def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None
         dtype=np.int64,
     )
     if not len(grids):
-        msg = f"the sensitivity has no grid of family {family!r}; measure with some"
-        raise ValueError(msg)
+        raise OptionError(
+            f"the sensitivity has no grid of family {family!r}",
+            got=", ".join(sorted({grid.family for grid in sensitivity.grids})) or "none",
+            wanted="step, bits or any, and grids of that family",
+            fix="measure with such grids, or search with another family",
+        )
     limit_bytes = None
     if budget.kind == "size":
         limit_bytes = budget.size_bytes(sensitivity.dense_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -47,7 +48,8 @@ def search(
 
     Raises:
         BudgetInfeasibleError: Names the smallest reachable cost.
-        ValueError: The sensitivity has no grid of that family.
+        OptionError: The sensitivity has no grid of that family.
+        SearchLimitError: The method gave up before it met the budget.
     """
     problem = make_problem(sensitivity, budget, family)
     return problem.plan((method or Lagrangian()).solve(problem))
@@ -63,6 +65,8 @@ def pareto(
 ) -> list[Plan]:
     """Return plans along the whole convex front, from the cheapest to the best.
 
+    They bound no file: :func:`fitcompress.apply` takes their steps as they are.
+
     Args:
         sensitivity: What :func:`fitcompress.measure` returned.
         kind: The cost, ``"size"`` or ``"bops"``.
@@ -70,7 +74,7 @@ def pareto(
         method: Whose weighting of the layers to use.
         points: At most so many plans, evenly spaced along the front.
     """
-    budget = Budget(**{kind: "1000%"})
+    budget = Budget(**{kind: 2**60})  # no bound
     problem = make_problem(sensitivity, budget, family)
     layers, _, sparsities = problem.cost.shape
     value = (method or Lagrangian()).values(problem).reshape(layers, -1)
@@ -80,5 +84,5 @@ def pareto(
     for step in chosen:
         cell = steps.choice(int(step))
         choice = Choice(cell // sparsities, cell % sparsities, "front", "OPTIMAL", 0.0)
-        plans.append(problem.plan(choice))
+        plans.append(replace(problem.plan(choice), limit_bytes=None))
     return plans

@@ -12,8 +12,9 @@ import torch
 from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.fit import entropy_bits, fit
+from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.masks import magnitude_mask
-from fitcompress.compensate.statistics import InputCache, execution_order, second_moments
+from fitcompress.compensate.statistics import check_reached, second_moments
 from fitcompress.compensate.sweep import compensated_codes
 from fitcompress.data.batches import take
 from fitcompress.errors import NonFiniteError
@@ -116,33 +117,64 @@ class Compressor:
         self.batches = None if calibrate is None else _inputs(calibrate, samples)
         key = fingerprint(self.model, self.layers) + f"-{_digest(plan, self.batches)}"
         self.attempts = Attempts(checkpoint, key)
-        self.uses = {layer.name: 1 for layer in self.layers}
         if self.batches is not None:
-            self.uses = execution_order(self.model, self.layers, self.batches[0])
-            modules = dict(self.model.named_modules())
-            self.inputs = InputCache(self.model, modules, self.uses, self.batches)
+            check_reached(self.model, self.layers, self.batches[0][:2])
 
     def at(self, factor: float) -> nn.Module:
         """Return the compressed model with every step multiplied by ``factor``."""
         small = copy.deepcopy(self.model)
         fold_norms_(small)
         round_leftovers_(small)
-        own = {layer.name: layer for layer in self.layers}
-        modules = dict(small.named_modules())
-        levels: dict[str, Level] = {}
-        with Bar("apply: layers compensated", len(own), enabled=self.progress) as bar:
-            for name in self.uses:
-                level = scaled(self.plan.levels[name], factor)
-                self._compress(own[name], small, modules[name], level, factor)
-                levels[name] = level
-                bar.advance(note=name)
-        ordered = {name: levels[name] for name in self.plan.levels}
-        attach_plan(small, replace(self.plan, levels=ordered))
+        levels = {n: scaled(level, factor) for n, level in self.plan.levels.items()}
+        with Bar("apply: layers", len(self.layers), enabled=self.progress) as bar:
+            if self.batches is None:
+                for layer in self.layers:
+                    codes = self.codes(layer, levels[layer.name])
+                    self._attach(small, layer, levels[layer.name], codes)
+                    bar.advance(note=layer.name)
+            else:
+                self._compensate(small, levels, factor, bar)
+        attach_plan(small, replace(self.plan, levels=levels))
         return small
 
-    def overhead_bytes(self) -> int:
-        """Return about what the file takes besides the codes."""
-        return overhead_bytes(self.model, self.layers)
+    def _compensate(
+        self, small: nn.Module, levels: dict[str, Level], factor: float, bar: Bar
+    ) -> None:
+        """Walk dense and compressed network side by side, layer by layer."""
+        assert self.batches is not None
+        layers = {layer.name: layer for layer in self.layers}
+        modules = dict(small.named_modules())
+        dense = Lockstep(self.model, {n: x.module for n, x in layers.items()}, self.batches)
+        now = Lockstep(small, {n: modules[n] for n in layers}, self.batches)
+        with dense, now:
+            for _ in layers:
+                reached, reached_now = dense.advance(), now.advance()
+                assert reached is not None
+                assert reached_now is not None
+                name, inputs = reached
+                level, layer = levels[name], layers[name]
+                codes = self.attempts.get(factor, name)
+                if codes is None:
+                    h, c = second_moments(layer, inputs, reached_now[1])
+                    matrix = layer.matrix()
+                    scale, q = row_scales(matrix, level)
+                    mask = magnitude_mask(matrix, level.sparsity)
+                    codes = compensated_codes(
+                        matrix, h, c, scale, mask=mask, max_code=q, name=name
+                    )
+                    self.attempts.put(factor, name, codes)
+                self._attach(small, layer, level, codes)
+                bar.advance(note=name)
+
+    def _attach(
+        self, small: nn.Module, layer: Layer, level: Level, codes: torch.Tensor
+    ) -> None:
+        matrix = layer.matrix()
+        scale, q = row_scales(matrix, level)
+        mask = magnitude_mask(matrix, level.sparsity)
+        shaped = None if mask is None else mask.reshape(layer.shape)
+        weight = codes.float() * scale.reshape(-1, 1)
+        attach_grid(small.get_submodule(layer.name), WeightGrid(scale, q, shaped), weight)
 
     def coded_bits(self, factor: float) -> float:
         """Return the bits that the coder needs for codes that were merely rounded."""
@@ -169,26 +201,6 @@ class Compressor:
         codes = codes.clamp(-q, q) if q else codes
         mask = magnitude_mask(matrix, level.sparsity)
         return (codes if mask is None else codes * mask).int()
-
-    def _compress(
-        self, layer: Layer, small: nn.Module, module: nn.Module, level: Level, factor: float
-    ) -> None:
-        matrix = layer.matrix()
-        scale, q = row_scales(matrix, level)
-        mask = magnitude_mask(matrix, level.sparsity)
-        codes = self.attempts.get(factor, layer.name)
-        if codes is None:
-            if self.batches is None:
-                codes = self.codes(layer, level)
-            else:
-                h, c = second_moments(layer, self.inputs, small, module)
-                codes = compensated_codes(
-                    matrix, h, c, scale, mask=mask, max_code=q, name=layer.name
-                )
-            self.attempts.put(factor, layer.name, codes)
-        shaped = None if mask is None else mask.reshape(layer.shape)
-        weight = codes.float() * scale.reshape(-1, 1)
-        attach_grid(module, WeightGrid(scale, q, shaped), weight)
 
 
 def scaled(level: Level, factor: float) -> Level:

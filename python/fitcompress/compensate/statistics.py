@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, from forward passes that stop at the layer.
+"""Second moments of a layer's inputs.
 
     H = E[x̂ x̂ᵀ],  C = E[x x̂ᵀ]
 
@@ -9,7 +9,7 @@ float32, sums in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,38 +22,33 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["InputCache", "execution_order", "layer_inputs", "second_moments"]
+__all__ = ["check_reached", "second_moments"]
 
 ENOUGH_ROWS = 131_072  # positions after which every other one is left out
-CACHE_BYTES = 1 << 30
 CHUNK_ROWS = 65_536  # rows of patches that exist at a time
 
 
-class _StopForwardError(Exception):
-    """Ends a forward pass once a layer's inputs are known."""
-
-
-def execution_order(model: nn.Module, layers: list[Layer], x: torch.Tensor) -> dict[str, int]:
-    """Return layer name → number of uses in one forward pass, in the order of first use.
+def check_reached(model: nn.Module, layers: list[Layer], x: torch.Tensor) -> None:
+    """Raise unless a forward pass of ``x`` uses every layer.
 
     Raises:
-        CalibrationError: A layer is not reached.
+        CalibrationError: Names the first layer that is not reached.
     """
-    uses: dict[str, int] = {}
+    reached: set[str] = set()
     handles = []
     for layer in layers:
 
-        def count(_: Any, __: Any, name: str = layer.name) -> None:
-            uses[name] = uses.get(name, 0) + 1
+        def note(_: Any, __: Any, name: str = layer.name) -> None:
+            reached.add(name)
 
-        handles.append(layer.module.register_forward_pre_hook(count))
+        handles.append(layer.module.register_forward_pre_hook(note))
     try:
         with torch.no_grad():
             model(x)
     finally:
         for handle in handles:
             handle.remove()
-    missing = [layer.name for layer in layers if layer.name not in uses]
+    missing = [layer.name for layer in layers if layer.name not in reached]
     if missing:
         raise CalibrationError(
             f"the calibration data never reach layer {missing[0]!r}",
@@ -61,70 +56,17 @@ def execution_order(model: nn.Module, layers: list[Layer], x: torch.Tensor) -> d
             wanted="a forward pass that uses every compressible layer",
             fix="calibrate with inputs that exercise it, or remove the layer",
         )
-    return uses
-
-
-def layer_inputs(
-    model: nn.Module, module: nn.Module, x: torch.Tensor, uses: int
-) -> list[torch.Tensor]:
-    """Return the inputs of each use of ``module`` in a forward pass of ``x``."""
-    caught: list[torch.Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0].detach().clone())
-        if len(caught) == uses:
-            raise _StopForwardError
-
-    handle = module.register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad():
-            model(x)
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
-    return caught
-
-
-@dataclass
-class InputCache:
-    """Inputs of the dense network's layers, kept while they fit into memory.
-
-    They do not change while a plan is scaled to its budget, so each is computed once.
-    """
-
-    model: nn.Module
-    modules: dict[str, nn.Module]
-    uses: dict[str, int]
-    batches: list[torch.Tensor]
-    _kept: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
-    _bytes: int = 0
-
-    def get(self, name: str, batch: int) -> list[torch.Tensor]:
-        """Return the inputs of each use of layer ``name`` for one batch."""
-        key = (name, batch)
-        if key in self._kept:
-            return self._kept[key]
-        found = layer_inputs(
-            self.model, self.modules[name], self.batches[batch], self.uses[name]
-        )
-        size = sum(t.numel() * t.element_size() for t in found)
-        if self._bytes + size <= CACHE_BYTES:
-            self._kept[key] = found
-            self._bytes += size
-        return found
 
 
 def second_moments(
-    layer: Layer, dense: InputCache, compressed: nn.Module, module: nn.Module
+    layer: Layer, dense: list[torch.Tensor], compressed: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return H and C of one layer.
 
     Args:
-        layer: The layer of the dense network.
-        dense: Its inputs, batch by batch.
-        compressed: The network compressed so far.
-        module: The same layer in it.
+        layer: The layer.
+        dense: Its inputs in the dense network, one tensor per batch.
+        compressed: Its inputs in the network compressed so far.
 
     Returns:
         H and C, float64 [groups, columns, columns].
@@ -134,21 +76,16 @@ def second_moments(
     """
     shape = (layer.groups, layer.columns, layer.columns)
     h, c = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    rows, skip = 0, 0
-    uses = dense.uses[layer.name]
-    for number, batch in enumerate(dense.batches):
-        now = layer_inputs(compressed, module, batch, uses)
-        for x_dense, x_now in zip(dense.get(layer.name, number), now, strict=True):
-            if not skip:
-                skip = _skip(layer, x_dense, len(dense.batches) * uses)
-            offset = number % skip
-            for part in _parts(len(batch), x_dense, layer):
-                a = patches(layer.module, x_dense[part].float(), skip=skip, offset=offset)
-                b = patches(layer.module, x_now[part].float(), skip=skip, offset=offset)
-                a, b = a.flatten(1, 2), b.flatten(1, 2)
-                h += (b.transpose(1, 2) @ b).double()
-                c += (a.transpose(1, 2) @ b).double()
-                rows += a.shape[1]
+    rows, skip = 0, _skip(layer, dense)
+    for number, (x_dense, x_now) in enumerate(zip(dense, compressed, strict=True)):
+        offset = number % skip
+        for part in _parts(layer, x_dense):
+            a = patches(layer.module, x_dense[part].float(), skip=skip, offset=offset)
+            b = patches(layer.module, x_now[part].float(), skip=skip, offset=offset)
+            a, b = a.flatten(1, 2), b.flatten(1, 2)
+            h += (b.transpose(1, 2) @ b).double()
+            c += (a.transpose(1, 2) @ b).double()
+            rows += a.shape[1]
     if not (torch.isfinite(h).all() and torch.isfinite(c).all()):
         raise NonFiniteError(
             f"an input of layer {layer.name!r} is not finite",
@@ -158,20 +95,21 @@ def second_moments(
     return h / rows, c / rows
 
 
-def _skip(layer: Layer, x: torch.Tensor, batches: int) -> int:
+def _skip(layer: Layer, inputs: list[torch.Tensor]) -> int:
     """Return 2, 4, … if every 2nd, 4th, … position per dimension is plenty, else 1."""
     if not hasattr(layer.module, "kernel_size"):
         return 1
-    dims = x.dim() - 2
-    strides = int(torch.tensor(layer.module.stride).prod())
-    positions = len(x) * batches * x.shape[2:].numel() // strides
-    skip = 1
+    strides = math.prod(layer.module.stride)
+    positions = sum(len(x) * math.prod(x.shape[2:]) for x in inputs) // strides
+    dims, skip = inputs[0].dim() - 2, 1
     while positions // (2 * skip) ** dims >= max(ENOUGH_ROWS, 64 * layer.columns):
         skip *= 2
     return skip
 
 
-def _parts(batch: int, x: torch.Tensor, layer: Layer) -> list[slice]:
-    positions = x[0].numel() // max(x.shape[1] if hasattr(layer.module, "groups") else x.shape[-1], 1)
-    step = max(1, CHUNK_ROWS // max(positions, 1))
-    return [slice(i, i + step) for i in range(0, batch, step)]
+def _parts(layer: Layer, x: torch.Tensor) -> list[slice]:
+    """Cut a batch so that the patches of one part stay small."""
+    channels = x.shape[1] if hasattr(layer.module, "kernel_size") else x.shape[-1]
+    positions = max(x[0].numel() // max(channels, 1), 1)
+    step = max(1, CHUNK_ROWS // positions)
+    return [slice(i, i + step) for i in range(0, len(x), step)]

@@ -121,12 +121,12 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
 def round_leftovers_(model: nn.Module) -> None:
     """Round parameters and buffers that are on no grid to 16 bits, in place."""
     for module in model.modules():
-        if isinstance(module, WeightGrid) or isinstance(module, FOLDABLE) and is_folded(module):
+        if isinstance(module, WeightGrid):
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
-            if name == "original":  # the latent weight of a grid
-                continue
+            if name == "original" or name.startswith("running_"):
+                continue  # the latent weight of a grid; statistics
             with torch.no_grad():
                 tensor.copy_(to_half(tensor))
 

@@ -61,7 +61,8 @@ class PathSearch:
             )
 
         def cells(array: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.ascontiguousarray(array[:, grids])
+            kept = problem.cost.shape[2]
+            return np.ascontiguousarray(array[:, grids, :kept])
 
         if problem.kind == "size":
             reference = 8 * table.dense_bytes

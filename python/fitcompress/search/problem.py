@@ -111,7 +111,12 @@ class Choice:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None) -> Problem:
+def make_problem(
+    sensitivity: Sensitivity,
+    budget: Budget,
+    family: Family | None,
+    masks: bool | None = None,
+) -> Problem:
     """Return the problem of meeting ``budget``.
 
     Args:
@@ -119,6 +124,8 @@ def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None
         budget: The bound.
         family: Which grids may be used. None: entropy-coded steps for a bound on the
             size, fixed-point bits for one on bit operations.
+        masks: Whether masks may drop weights. None: not with entropy-coded steps, where
+            rounding makes the zeros and a mask only keeps compensation from using them.
 
     Raises:
         OptionError: The table has no grid of that family.
@@ -135,6 +142,8 @@ def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None
             wanted="step, bits or any, and grids of that family",
             fix="measure with such grids, or search with another family",
         )
+    masks = family != "step" if masks is None else masks
+    kept = slice(None) if masks else slice(0, 1)
     limit_bytes = None
     if budget.kind == "size":
         limit_bytes = budget.size_bytes(sensitivity.dense_bytes)
@@ -150,8 +159,8 @@ def make_problem(sensitivity: Sensitivity, budget: Budget, family: Family | None
         limit=limit,
         overhead=overhead,
         grids=grids,
-        cost=np.ascontiguousarray(cost[:, grids]),
-        distortion=np.ascontiguousarray(sensitivity.distortion[:, grids]),
+        cost=np.ascontiguousarray(cost[:, grids, kept]),
+        distortion=np.ascontiguousarray(sensitivity.distortion[:, grids, kept]),
         limit_bytes=limit_bytes,
     )
     problem.check_feasible()

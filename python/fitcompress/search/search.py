@@ -33,6 +33,7 @@ def search(
     *,
     method: Method | None = None,
     family: Family | None = None,
+    masks: bool | None = None,
 ) -> Plan:
     """Return the plan with the smallest predicted loss rise under ``budget``.
 
@@ -51,7 +52,7 @@ def search(
         OptionError: The sensitivity has no grid of that family.
         SearchLimitError: The method gave up before it met the budget.
     """
-    problem = make_problem(sensitivity, budget, family)
+    problem = make_problem(sensitivity, budget, family, masks)
     return problem.plan((method or Lagrangian()).solve(problem))
 
 

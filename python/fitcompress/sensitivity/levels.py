@@ -52,7 +52,7 @@ def layer_sparsities(
         sparsities: S shares of all weights of the network, rising, from 0.
 
     Returns:
-        [L][S] shares, rising in S.
+        [L][S] shares, rising in S; below 1, one weight of a layer always stays.
     """
     magnitude = torch.cat([layer.matrix().abs().flatten() for layer in layers])
     ordered = magnitude.sort().values
@@ -63,6 +63,6 @@ def layer_sparsities(
         for sparsity in sparsities:
             count = min(int(sparsity * len(ordered)), len(ordered) - 1)
             dropped = int(torch.searchsorted(own, ordered[count])) if count else 0
-            shares.append(dropped / layer.size)
+            shares.append(min(dropped, layer.size - 1) / layer.size)
         rows.append(shares)
     return rows

@@ -1,9 +1,8 @@
 """``finetune``: train a compressed model on its grids, within the size of its file.
 
 Weights are trained through the grids (straight-through); bits are priced so that the file
-keeps its size (``rate_control``); the dense model's outputs are the targets (distillation,
-Hinton et al. 2015, arXiv 1503.02531). Norms are trained with batch statistics, estimated
-anew at the end, and folded again.
+keeps its size (``rate_control``); the dense model's outputs are the targets (distillation, Hinton et al.
+2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ CONTROL_EVERY = 10  # steps between two looks at the size
 SAVE_EVERY = 30.0  # seconds between checkpoints
 NORM_SAMPLES = 4096
 WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
-TEMPERATURE = 2.0
+TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class FinetuneResult:
     Attributes:
         before: Divergence from the teacher on the validation data before, nats, or None.
         after: The same afterwards.
-        kept: False if the start was better on the validation data and was restored.
+        kept: False if the start was restored, because it was better on the validation
+            data or the trained weights would not fit into the file.
         losses: Mean training loss of every epoch run in this call.
     """
 
@@ -68,17 +68,17 @@ def finetune(
     epochs: int = 3,
     teacher: nn.Module | None = None,
     validation: Iterable[Any] | None = None,
-    lr: float = 0.01,
-    momentum: float = 0.9,
+    lr: float = 5e-4,
+    norms: Literal["frozen", "batch"] = "batch",
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train a compressed model in place; it stays on its grids and within its budget.
 
-    SGD with Nesterov momentum, a short warm-up and a cosine schedule. The loss is
+    Adam with a short warm-up and a cosine schedule. The loss is
 
-        T² KL(teacher ‖ small) at temperature T = 2, if there is a teacher, plus
+        T² KL(teacher ‖ small) at temperature T = 4, if there is a teacher, plus
         loss_fn(output, targets), if given.
 
     Args:
@@ -91,7 +91,9 @@ def finetune(
         validation: Held-out inputs. With a teacher: if the divergence from it has not
             fallen in the end, the start is restored.
         lr: Peak learning rate.
-        momentum: Of SGD.
+        norms: ``"frozen"`` trains the two numbers per channel that folded norms have;
+            ``"batch"`` gives them their statistics back, trains with those of each batch
+            and estimates them anew at the end.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Recorded in the checkpoint; the loader draws, not this function.
         progress: Show a bar with the time left.
@@ -118,15 +120,14 @@ def finetune(
         before = divergence(teacher, small, validation)
     start = {key: value.clone() for key, value in small.state_dict().items()}
     limit = plan.limit_bytes or len(packed_bytes(small))
-    trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, momentum, limit)
+    trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, norms, limit)
     losses = trainer.run(checkpoint, f"{seed}", progress=progress)
-    trainer.finish()
-    after, kept = None, True
+    after, kept = None, trainer.finish()
     if before is not None and teacher is not None and validation is not None:
         after = divergence(teacher, small, validation)
-        if after > before:
-            small.load_state_dict(start)
-            kept = False
+        kept = kept and after <= before
+    if not kept:
+        small.load_state_dict(start)
     if checkpoint is not None:
         check_writable(checkpoint).unlink(missing_ok=True)
     return FinetuneResult(before, after, kept, losses)
@@ -143,7 +144,7 @@ class _Trainer:
         teacher: nn.Module | None,
         epochs: int,
         lr: float,
-        momentum: float,
+        norms: str,
         limit: int,
     ) -> None:
         self.small, self.loader, self.loss_fn, self.teacher = small, loader, loss_fn, teacher
@@ -153,9 +154,11 @@ class _Trainer:
             raise EmptyLoaderError("the loader yields no batch", wanted="training data")
         self.total = epochs * self.batches
         self.rate = RateControl(small, limit)
-        thaw_norms_(small, (x for x, _ in take(self._pass(0), NORM_SAMPLES)))
+        self.batch_norms = norms == "batch"
+        if self.batch_norms:
+            thaw_norms_(small, (x for x, _ in take(self._pass(0), NORM_SAMPLES)))
         parameters = [p for p in small.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr, momentum=momentum, nesterov=True)
+        self.optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
 
     def _count(self) -> int:
         return sum(1 for _ in self.loader)
@@ -203,7 +206,7 @@ class _Trainer:
         if step % CONTROL_EVERY == 0:
             self.rate.adjust(min(1.0, share / RAMP))
         x, y = split_batch(batch)
-        self.small.train()
+        self._train_mode()
         out = self.small(x)
         loss = torch.zeros(())
         if self.teacher is not None:
@@ -226,9 +229,24 @@ class _Trainer:
         self.optimizer.step()
         return value
 
-    def finish(self) -> None:
-        """Estimate the norms' statistics for the final weights, fold, meet the limit."""
+    def _train_mode(self) -> None:
+        self.small.train()
+        if not self.batch_norms:
+            for module in self.small.modules():
+                if isinstance(module, FOLDABLE):
+                    module.eval()
+
+    def finish(self) -> bool:
+        """Fold the norms, with statistics of the final weights, and meet the limit."""
         self.rate.adjust()
+        if self.batch_norms:
+            self._estimate_norms()
+        self.small.eval()
+        fold_norms_(self.small)
+        round_leftovers_(self.small)
+        return self.rate.finish()
+
+    def _estimate_norms(self) -> None:
         norms = [m for m in self.small.modules() if isinstance(m, FOLDABLE)]
         averaging = [(norm, norm.momentum) for norm in norms]
         for norm in norms:
@@ -240,7 +258,3 @@ class _Trainer:
                 self.small(x)
         for norm, momentum in averaging:
             norm.momentum = momentum
-        self.small.eval()
-        fold_norms_(self.small)
-        round_leftovers_(self.small)
-        self.rate.finish()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fitcompress.errors import BudgetExceededError
 from fitcompress.quantize import WeightGrid, grid_of, plan_of
 from fitcompress.quantize.rate import REACH, Rate, code_lengths
 from fitcompress.storage.save_load import packed_bytes
@@ -22,7 +21,7 @@ __all__ = ["RateControl"]
 
 HALVINGS = 10
 LARGEST = 4.0  # λ, squared steps per bit
-FIT_ATTEMPTS = 24
+WIDENINGS = 40  # of one per cent each
 
 
 class RateControl:
@@ -74,38 +73,48 @@ class RateControl:
         self._price()
         self._bisect(target)
 
-    def finish(self) -> None:
-        """Put the latent weights on their grids, within the limit, and drop the prices.
+    def finish(self) -> bool:
+        """Put the latent weights on their grids and drop the prices.
 
-        Raises:
-            BudgetExceededError: Even the highest price leaves the file too large.
+        The price is raised until the file is within the limit; if no price is high enough,
+        as in layers of a few weights, the steps are widened by up to a half.
+
+        Returns:
+            Whether the file is within the limit.
         """
         latents = [self.latent(module).detach().clone() for module, _ in self.layers]
-        low, high, fits = self.weight, LARGEST, False
         self._price()
-        for attempt in range(FIT_ATTEMPTS):
-            weight = self.weight if not attempt else (low + high) / 2
-            self._set_weight(weight)
-            size = self._harden(latents)
-            if size <= self.limit:
-                high, fits = weight, True
-                if not attempt or high - low < 1e-3 * high:
-                    break
-            else:
-                low = weight
-        if not fits or size > self.limit:
-            self._set_weight(high)
-            size = self._harden(latents)
+        fits = self._raise_price(latents) or self._widen_steps(latents)
         for _, grid in self.layers:
             grid.rate = None
-        if size > self.limit:
-            raise BudgetExceededError(
-                "the fine-tuned file cannot meet its budget",
-                size_bytes=size,
-                got=f"{size} bytes",
-                wanted=f"at most {self.limit} bytes",
-                fix="compress with a smaller budget first",
-            )
+        return fits
+
+    def _raise_price(self, latents: list[torch.Tensor]) -> bool:
+        first = self.weight
+        if self._harden(latents) <= self.limit:
+            return True
+        low, high = first, LARGEST
+        self._set_weight(high)
+        if self._harden(latents) > self.limit:
+            self._set_weight(first)
+            return False
+        while high - low > 0.01 * high:
+            self._set_weight((low + high) / 2)
+            if self._harden(latents) > self.limit:
+                low = self.weight
+            else:
+                high = self.weight
+        self._set_weight(high)
+        return self._harden(latents) <= self.limit
+
+    def _widen_steps(self, latents: list[torch.Tensor]) -> bool:
+        for _ in range(WIDENINGS):
+            for _, grid in self.layers:
+                if not grid.max_code:
+                    grid.scale.mul_(1.01)
+            if self._harden(latents) <= self.limit:
+                return True
+        return False
 
     @torch.no_grad()
     def _harden(self, latents: list[torch.Tensor]) -> int:

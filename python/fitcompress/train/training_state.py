@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Everything that the next step depends on: weights, momentum, prices, step number.
+    """Everything that the next step depends on: weights, moments, prices, step number.
 
     Args:
         path: The file.
         key: Settings that must be equal for the file to be used.
         model: The model under training.
-        optimizer: Its SGD.
+        optimizer: Its optimizer.
         rate: Its rate control.
     """
 
@@ -53,9 +53,8 @@ class TrainingState:
         """Write the state after ``done`` steps, atomically."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         for index, parameter in enumerate(self._parameters()):
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum/{index}"] = buffer
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{index}/{name}"] = value
         for index, (_, grid) in enumerate(self.rate.layers):
             assert grid.rate is not None
             tensors[f"lengths/{index}"] = grid.rate.lengths
@@ -80,10 +79,11 @@ class TrainingState:
             return 0
         model = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith("model/")}
         self.model.load_state_dict(model)
-        for index, parameter in enumerate(self._parameters()):
-            buffer = tensors.get(f"momentum/{index}")
-            if buffer is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        parameters = self._parameters()
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                self.optimizer.state[parameters[int(index)]][name] = value
         self.rate.weight = float.fromhex(info["weight"])
         for index, (_, grid) in enumerate(self.rate.layers):
             grid.rate = Rate(tensors[f"lengths/{index}"], self.rate.weight)

@@ -1,0 +1,152 @@
+"""Forward passes that wait at every layer until its weights are final.
+
+To compensate a layer one needs its inputs in the network compressed so far, and those of
+the dense network. Running the network from the start for every layer would cost a whole
+forward pass each. Here each batch's pass runs in a thread of its own, stops where it
+reaches a compressible layer for the first time, hands the input over, and goes on with the
+new weights once the layer is done: one pass in all, through any control flow. Only one
+thread runs at a time, so nothing depends on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fitcompress.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from torch import nn
+
+__all__ = ["Lockstep"]
+
+
+class _AbandonedError(BaseException):
+    """Ends a pass whose result nobody waits for; not an error that a model may catch."""
+
+
+class _Pass:
+    """The forward pass of one batch, in a thread that runs only when resumed."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        self.arrival: tuple[str, torch.Tensor] | None = None
+        self.error: BaseException | None = None
+        self.abandoned = self.finished = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._model, self._x = model, x
+        self._seen: set[str] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Run until the next new layer or the end."""
+        self.arrival = None
+        self._go.release()
+        self._stopped.acquire()
+        if self.finished:
+            self._thread.join()
+
+    def arrive(self, name: str, x: torch.Tensor) -> None:
+        """Called within the pass, before layer ``name`` uses its input ``x``."""
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        self.arrival = (name, x.detach())
+        self._wait()
+
+    def owns_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def _wait(self) -> None:
+        self._stopped.release()
+        self._go.acquire()
+        if self.abandoned:
+            raise _AbandonedError
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self.abandoned:
+                with torch.no_grad():
+                    self._model(self._x)
+        except _AbandonedError:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.finished = True
+        self._stopped.release()
+
+
+class Lockstep:
+    """The forward passes of several batches, all waiting at the same layer.
+
+    Use as a context manager; leaving it ends the passes, wherever they are.
+
+    Args:
+        model: The network, in eval mode; layers may be changed while passes wait.
+        modules: Layer name → module, where to wait.
+        batches: Inputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[torch.Tensor]
+    ) -> None:
+        self._model, self._modules, self._batches = model, modules, list(batches)
+        self._passes: list[_Pass] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Lockstep:
+        for name, module in self._modules.items():
+
+            def wait(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                for waiting in self._passes:
+                    if waiting.owns_this_thread():
+                        waiting.arrive(name, args[0])
+
+            self._handles.append(module.register_forward_pre_hook(wait))
+        self._passes = [_Pass(self._model, x) for x in self._batches]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for waiting in self._passes:
+            if not waiting.finished:
+                waiting.abandoned = True
+                waiting.resume()
+        for handle in self._handles:
+            handle.remove()
+
+    def advance(self) -> tuple[str, list[torch.Tensor]] | None:
+        """Go on to the next new layer.
+
+        Returns:
+            Its name and its input for every batch, or None at the end of the network.
+
+        Raises:
+            CalibrationError: Different batches reach different layers.
+        """
+        for waiting in self._passes:
+            waiting.resume()
+            if waiting.error is not None:
+                raise waiting.error
+        arrivals = [waiting.arrival for waiting in self._passes]
+        names = {None if arrival is None else arrival[0] for arrival in arrivals}
+        if len(names) > 1:
+            raise CalibrationError(
+                "batches take different ways through the model",
+                got=f"layers {', '.join(sorted(str(n) for n in names))} at the same time",
+                wanted="the same order of layers for every batch",
+                fix="calibrate with batches of one kind",
+            )
+        if None in names:
+            return None
+        return str(names.pop()), [a[1] for a in arrivals if a is not None]

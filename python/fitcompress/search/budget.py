@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from fitcompress.errors import FitcompressError
 
 __all__ = ["Budget", "BudgetError"]
 
 _UNITS = {"B": 1, "KB": 1000, "MB": 10**6, "GB": 10**9, "KIB": 1024, "MIB": 2**20, "GIB": 2**30}
+LARGEST = 2**59  # more is no bound at all, and bits of it fit into 64
 
 
 class BudgetError(FitcompressError, ValueError):
@@ -66,28 +68,28 @@ class Budget:
         value = self.size if self.size is not None else self.bops
         number, unit = _parse(value)
         if unit == "%":
-            return int(reference * number / 100)
+            return min(int(reference * number / 100), LARGEST)
         if self.bops is not None:
             if unit:
                 raise _bad(value)
-            return int(number)
+            return min(int(number), LARGEST)
         if unit == "BPW":
-            return int(weights * number / 8)
-        return int(number * _UNITS[unit or "B"])
+            return min(int(weights * number / 8), LARGEST)
+        return min(int(number * _UNITS[unit or "B"]), LARGEST)
 
     def __str__(self) -> str:
         return f"{self.kind} ≤ {self.size if self.size is not None else self.bops}"
 
 
-def _parse(value: int | float | str | None) -> tuple[float, str]:
+def _parse(value: int | float | str | None) -> tuple[Fraction, str]:
     text = str(value).strip().upper().replace("_", "")
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:E[+-]?[0-9]+)?)\s*([A-Z%]*)", text)
     if match is None:
         raise _bad(value)
-    number, unit = float(match[1]), match[2]
-    if unit not in {"", "%", "BPW", *_UNITS} or not 0 < number < float("inf"):
+    unit = match[2]
+    if unit not in {"", "%", "BPW", *_UNITS} or not 1e-18 < float(match[1]) < 1e30:
         raise _bad(value)
-    return number, unit
+    return Fraction(match[1]), unit
 
 
 def _bad(value: object) -> BudgetError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,7 @@ class Level:
         if not 0 <= self.sparsity <= 1:
             msg = f"sparsity must be between 0 and 1; got {self.sparsity}"
             raise ValueError(msg)
+        _check_numbers(self, "distortion", "size_bits", "bops")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Plan:
         if not self.levels:
             msg = "a plan needs at least one level"
             raise ValueError(msg)
+        _check_numbers(self, "distortion", "size_bytes", "bops", "limit_bytes", "gap")
+        if not (isinstance(self.method, str) and isinstance(self.status, str)):
+            msg = f"method and status are names; got {self.method!r}, {self.status!r}"
+            raise TypeError(msg)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise unless the plan is for a model with these compressible layers.
@@ -160,10 +167,13 @@ class Plan:
             levels = {}
             for name, level in values.pop("levels").items():
                 grid = Grid(bits=level.pop("bits"), step=level.pop("step"))
-                shape = tuple(int(n) for n in level.pop("shape"))
+                shape = tuple(level.pop("shape"))
+                if not all(type(n) is int for n in shape):
+                    msg = f"a shape is a list of sizes; got {shape}"
+                    raise ValueError(msg)
                 levels[name] = Level(grid=grid, shape=shape, **level)
             return cls(levels=levels, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(
@@ -194,3 +204,17 @@ class Plan:
         except UnicodeDecodeError as error:
             raise FormatError(f"{path} is no plan", got="bytes that are no text") from error
         return cls.from_json(text)
+
+
+def _check_numbers(value: Level | Plan, *names: str) -> None:
+    """Raise unless these fields are finite numbers ≥ 0, whole ones if so declared."""
+    optional = {"limit_bytes", "gap"}
+    for name in names:
+        number = getattr(value, name)
+        if number is None and name in optional:
+            continue
+        kind = numbers.Real if name in ("distortion", "gap") else numbers.Integral
+        good = isinstance(number, kind) and not isinstance(number, bool)
+        if not good or not math.isfinite(number) or number < 0:
+            msg = f"{name} must be a finite number, at least 0; got {number!r}"
+            raise ValueError(msg)

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["Grid", "Sensitivity"]
 
 VERSION = 1
+REALS = {
+    "distortion",
+    "fisher_error",
+    "fisher_trace",
+    "grid_length",
+    "norm",
+    "prune_length",
+    "sparsity",
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,11 @@ class Grid:
         if (self.bits is None) == (self.step is None):
             msg = f"a grid has either bits or a step; got bits={self.bits}, step={self.step}"
             raise ValueError(msg)
-        if self.bits is not None and not 2 <= self.bits <= 16:
-            msg = f"bits must be between 2 and 16; got {self.bits}"
+        if self.bits is not None and (type(self.bits) is not int or not 2 <= self.bits <= 16):
+            msg = f"bits must be a whole number between 2 and 16; got {self.bits}"
             raise ValueError(msg)
-        if self.step is not None and not (np.isfinite(self.step) and self.step > 0):
+        step = self.step
+        if step is not None and (isinstance(step, bool) or not 0 < step < np.inf):
             msg = f"a step must be positive and finite; got {self.step}"
             raise ValueError(msg)
 
@@ -105,8 +115,10 @@ class Sensitivity:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.distortion.ndim != 3:
+            raise FormatError("distortion has a wrong shape", got=self.distortion.shape)
         layers, grids, sparsities = self.distortion.shape
-        cells = ("size_bits", "nonzeros", "grid_length", "prune_length", "norm")
+        cells = ("distortion", "size_bits", "nonzeros", "grid_length", "prune_length", "norm")
         wanted: dict[str, tuple[int, ...]] = dict.fromkeys(cells, (layers, grids, sparsities))
         wanted |= dict.fromkeys(("macs", "fisher_trace", "fisher_error"), (layers,))
         wanted |= {"sparsity": (layers, sparsities), "weight_bits": (layers, grids)}
@@ -115,9 +127,13 @@ class Sensitivity:
             if array.shape != shape:
                 msg = f"{name} has shape {array.shape}; wanted {shape}"
                 raise FormatError(msg)
-            if not np.isfinite(array).all():
-                msg = f"{name} has values that are not finite"
-                raise FormatError(msg)
+            kind = "f" if name in REALS else "i"
+            if array.dtype.kind != kind or not np.isfinite(array).all() or (array < 0).any():
+                msg = f"{name} has values that are negative, not finite or of a wrong type"
+                raise FormatError(msg, got=array.dtype)
+        for name in ("overhead_bytes", "dense_bytes", "samples"):
+            if type(getattr(self, name)) is not int:
+                raise FormatError(f"{name} is no whole number", got=getattr(self, name))
         if len(self.names) != layers or len(self.shapes) != layers or len(self.grids) != grids:
             msg = f"names, shapes and grids do not match tables of {layers} × {grids}"
             raise FormatError(msg)
@@ -184,7 +200,15 @@ class Sensitivity:
             return cls(**meta, **arrays)
         except FileNotFoundError:
             raise
-        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (
+            safetensors.SafetensorError,
+            AttributeError,
+            KeyError,
+            OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(

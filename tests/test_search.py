@@ -38,7 +38,7 @@ def make_table(
         "distortion": distortion,
         "size_bits": size_bits,
         "nonzeros": np.ones(cells, np.int64),
-        "weight_bits": np.tile(np.arange(10, 10 - grids, -1), (layers, 1)),
+        "weight_bits": np.tile(np.arange(16, 16 - grids, -1), (layers, 1)),
         "grid_length": rng.exponential(size=cells),
         "prune_length": rng.exponential(size=cells),
         "norm": 1 + rng.exponential(size=cells),

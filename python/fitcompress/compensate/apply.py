@@ -26,6 +26,7 @@ from fitcompress.quantize import (
     attach_grid,
     attach_plan,
     fold_norms_,
+    remove,
     round_leftovers_,
     row_scales,
 )
@@ -112,7 +113,8 @@ class Compressor:
         self.layers = compressible_layers(model)
         plan.check({layer.name: layer.shape for layer in self.layers})
         check_finite(model)
-        self.model, self.plan, self.progress = copy.deepcopy(model).eval(), plan, progress
+        self.model = remove(copy.deepcopy(model)).eval()  # it may be compressed already
+        self.plan, self.progress = plan, progress
         self.layers = compressible_layers(self.model)
         self.batches = None if calibrate is None else _inputs(calibrate, samples)
         key = fingerprint(self.model, self.layers) + f"-{_digest(plan, self.batches)}"
@@ -175,6 +177,10 @@ class Compressor:
         shaped = None if mask is None else mask.reshape(layer.shape)
         weight = codes.float() * scale.reshape(-1, 1)
         attach_grid(small.get_submodule(layer.name), WeightGrid(scale, q, shaped), weight)
+
+    def overhead_bytes(self) -> int:
+        """Return about what the file takes besides the codes."""
+        return overhead_bytes(self.model, self.layers)
 
     def coded_bits(self, factor: float) -> float:
         """Return the bits that the coder needs for codes that were merely rounded."""

@@ -11,7 +11,7 @@ from fitcompress.model.costs import bops, count_macs, dense_bytes
 from fitcompress.quantize import plan_of
 from fitcompress.search.search import pareto
 from fitcompress.storage.save_load import coded_weights, layer_bytes, packed_bytes
-from fitcompress.train.evaluate import divergence, evaluate
+from fitcompress.train.evaluation import divergence, evaluate
 
 if TYPE_CHECKING:
     import os

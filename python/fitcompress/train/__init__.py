@@ -1,6 +1,6 @@
 """Score and fine-tune compressed models."""
 
-from fitcompress.train.evaluate import Score, divergence, evaluate
-from fitcompress.train.finetune import finetune
+from fitcompress.train.evaluation import Score, divergence, evaluate
+from fitcompress.train.finetuning import finetune
 
 __all__ = ["Score", "divergence", "evaluate", "finetune"]

@@ -23,7 +23,7 @@ from fitcompress.progress import Bar
 from fitcompress.quantize import fold_norms_, plan_of, round_leftovers_
 from fitcompress.quantize.leftovers import FOLDABLE, thaw_norms_
 from fitcompress.storage.save_load import packed_bytes
-from fitcompress.train.evaluate import divergence
+from fitcompress.train.evaluation import divergence
 from fitcompress.train.rate_control import RateControl
 from fitcompress.train.training_state import TrainingState
 

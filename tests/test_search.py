@@ -16,7 +16,7 @@ from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.search.hull import front, lower_hull
 from fitcompress.search.problem import make_problem
 
-FISHER = Lagrangian(fisher_power=1)  # the objective is the distortion itself
+FISHER = Lagrangian(errors="rounded", fisher_power=1)  # the objective is the distortion itself
 
 
 def make_table(
@@ -187,12 +187,12 @@ def test_fisher_power_removes_differences_between_layers() -> None:
     rise = np.array([[1.0, 2, 4, 8, 16], [100, 200, 400, 800, 1600]])[:, :, None]
     table = make_table(cost, rise, fisher_trace=np.array([1.0, 100.0]))
     size = table.overhead_bytes + 600 // 8
-    flat = find(table, size, Lagrangian(0))
+    flat = find(table, size, Lagrangian("rounded", 0))
     assert [x.size_bits for x in flat.levels.values()] == [300, 300]
     fisher = find(table, size)
     assert [x.size_bits for x in fisher.levels.values()] == [100, 500]
     with pytest.raises(ValueError, match=r"between 0 and 1; got 1\.5"):
-        Lagrangian(1.5)
+        Lagrangian(fisher_power=1.5)
 
 
 def test_a_layer_without_fisher_information_takes_the_cheapest_level() -> None:

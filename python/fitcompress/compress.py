@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
@@ -62,14 +63,17 @@ def compress(
     """
     half = None if samples is None else max(1, samples // 2)
     table = measure(model, loader, samples=half, seed=seed, progress=progress)
-    limit = None
-    for _ in range(RETRIES):
-        tightened = budget if limit is None else Budget(size=limit)
+    tightened = budget
+    for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
+        if budget.kind == "size":  # what counts is the user's bound, not the tightened one
+            plan = replace(plan, limit_bytes=budget.size_bytes(table.dense_bytes))
         try:
             return apply(model, plan, loader, samples=samples, progress=progress)
         except BudgetExceededError as error:
+            if attempt == RETRIES:
+                raise
             allowed = budget.size_bytes(table.dense_bytes)
-            limit = int((limit or allowed) * allowed / error.size_bytes * 0.998)
-            last = error
-    raise last
+            least = tightened.size_bytes(table.dense_bytes)
+            tightened = Budget(size=int(least * min(0.995, allowed / error.size_bytes)))
+    raise AssertionError

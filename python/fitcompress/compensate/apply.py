@@ -136,7 +136,8 @@ class Compressor:
                     bar.advance(note=layer.name)
             else:
                 self._compensate(small, levels, factor, bar)
-        attach_plan(small, replace(self.plan, levels=levels))
+        distortion = sum(level.distortion for level in levels.values())
+        attach_plan(small, replace(self.plan, levels=levels, distortion=distortion))
         return small
 
     def _compensate(
@@ -210,11 +211,14 @@ class Compressor:
 
 
 def scaled(level: Level, factor: float) -> Level:
-    """Return ``level`` with its step multiplied by ``factor``; fixed-point stays."""
+    """Return ``level`` with its step multiplied by ``factor``; fixed-point stays.
+
+    The predicted loss rise grows with the square of the step.
+    """
     if level.grid.step is None:
         return level
     step = float(torch.tensor(level.grid.step * factor, dtype=torch.float32))
-    return replace(level, grid=Grid(step=step))
+    return replace(level, grid=Grid(step=step), distortion=level.distortion * factor**2)
 
 
 def _inputs(loader: Iterable[Any], samples: int | None) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ def magnitude_mask(matrix: torch.Tensor, sparsity: float) -> torch.Tensor | None
     Returns:
         Bool [rows, columns] or None.
     """
-    count = int(sparsity * matrix.numel() + 1e-9)
+    count = int(sparsity * matrix.numel())
     if not count:
         return None
     order = matrix.abs().flatten().argsort(stable=True)

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fitcompress.quantize.weights import WeightGrid
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -119,16 +117,12 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
 
 
 def round_leftovers_(model: nn.Module) -> None:
-    """Round parameters and buffers that are on no grid to 16 bits, in place."""
+    """Round parameters that are on no grid to 16 bits, in place; buffers stay as they are."""
     for module in model.modules():
-        if isinstance(module, WeightGrid):
-            continue
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            if name == "original" or name.startswith("running_"):
-                continue  # the latent weight of a grid; statistics
-            with torch.no_grad():
-                tensor.copy_(to_half(tensor))
+        for name, tensor in module.named_parameters(recurse=False):
+            if name != "original":  # the latent weight of a grid
+                with torch.no_grad():
+                    tensor.copy_(to_half(tensor))
 
 
 def _complete(norm: _BatchNorm) -> bool:

@@ -57,7 +57,7 @@ class WeightGrid(nn.Module):
         straight = rows + (quantized - rows).detach()
         if self.mask is not None:
             straight = straight * ops.unpack_mask(self.mask, rows.shape)
-        return straight.reshape(weight.shape)
+        return straight.to(weight.dtype).reshape(weight.shape)
 
     @torch.no_grad()
     def round(self, rows: torch.Tensor) -> torch.Tensor:
@@ -110,6 +110,11 @@ def remove(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if grid_of(module) is not None:
+            # torch deletes the weight's property from the class, and copies of a module
+            # share its class: without one of its own, the copies would lose their weight.
+            own = type(module)
+            space = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(own.__name__, own.__bases__, space)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return model
 
@@ -133,8 +138,14 @@ def row_scales(matrix: torch.Tensor, level: Level) -> tuple[torch.Tensor, int]:
 
 
 def half_up(scale: torch.Tensor) -> torch.Tensor:
-    """Round positive numbers to float16 so that no weight leaves the range by rounding."""
-    rounded = scale.half()
+    """Round numbers ≥ 0 up to 16 bits, so that no weight leaves the range by rounding.
+
+    To float16 if all of them are normal numbers there, else to bfloat16: less exact, but of
+    any size.
+    """
+    positive = scale[scale > 0]
+    info = torch.finfo(torch.float16)
+    fits = not len(positive) or (positive.min() >= info.tiny and positive.max() < info.max)
+    rounded = scale.to(torch.float16 if fits else torch.bfloat16)
     more = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    rounded = torch.where(rounded.float() < scale, more, rounded)
-    return torch.where(torch.isfinite(rounded), rounded.float(), scale)
+    return torch.where(rounded.float() < scale, more, rounded).float()

@@ -63,6 +63,8 @@ def layer_sparsities(
         for sparsity in sparsities:
             count = min(int(sparsity * len(ordered)), len(ordered) - 1)
             dropped = int(torch.searchsorted(own, ordered[count])) if count else 0
-            shares.append(min(dropped, layer.size - 1) / layer.size)
+            dropped = min(dropped, layer.size - 1)
+            # Half a weight more, so that ⌊share · n⌋ is exact in floating point.
+            shares.append((dropped + 0.5) / layer.size if dropped else 0.0)
         rows.append(shares)
     return rows

@@ -29,7 +29,7 @@ __all__ = ["Packed", "Section", "pack", "unpack"]
 
 VERSION = 1
 MAGIC = {"format": "fitcompress"}
-MAX_INDEX_BYTES = 1 << 28
+MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _container(data: bytes) -> dict[str, bytes]:
 def _index(data: bytes) -> dict[str, Any]:
     try:
         decoder = zlib.decompressobj()
-        text = decoder.decompress(data, MAX_INDEX_BYTES)
+        text = decoder.decompress(data, MAX_INDEX_RATIO * len(data) + 65536)
         if not decoder.eof or decoder.unused_data:
             raise _damaged("the index is truncated, too long or followed by something")
         index = json.loads(text)

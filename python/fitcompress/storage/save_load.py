@@ -153,6 +153,9 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
             raise FormatError("an unknown or repeated section", got=str(kind)[:50])
     if leftovers is None or not weights:
         raise FormatError("the file has no coded weight or no leftovers")
+    twice = {w.key for w in weights.values()} & set(leftovers.state())
+    if twice:
+        raise FormatError("a tensor stands in the file twice", got=sorted(twice)[0][:100])
     plan = _plan(packed.plan, {n: w.level for n, w in weights.items()}, len(data))
     return PackedModel(plan, weights, leftovers, len(data))
 
@@ -166,7 +169,8 @@ def load(
         path: What :func:`save` wrote.
         model: A model of the same architecture; its weights do not matter.
         trainable: Put the weights back on their grids, to go on fine-tuning and to save
-            again. Otherwise plain modules with dense weights, fast to run.
+            again; zeros of a layer with a mask stay zero. Otherwise plain modules with
+            dense weights, fast to run.
 
     Returns:
         ``model``, in eval mode.
@@ -177,9 +181,12 @@ def load(
         PlanMismatchError: The file belongs to another architecture.
     """
     packed = read(path)
-    remove(model)
-    state, own = packed.state(), model.state_dict()
-    _check_state(state, own)
+    if any(grid_of(module) is not None for module in model.modules()):
+        remove(model)
+    state = packed.state()
+    _check_state(state, model.state_dict())
+    if trainable:
+        packed.plan.check({layer.name: layer.shape for layer in compressible_layers(model)})
     model.load_state_dict(state)
     model.eval()
     if trainable:
@@ -294,7 +301,7 @@ def _leftovers(model: nn.Module) -> Leftovers:
             skip |= {f"{prefix}.{key}" for key in own}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    owners: dict[tuple[int, torch.Size], str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if (
             key in skip
@@ -302,7 +309,7 @@ def _leftovers(model: nn.Module) -> Leftovers:
             or not torch.is_tensor(tensor)
         ):
             continue
-        identity = (tensor.data_ptr(), tensor.shape)
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in owners:
             aliases[key] = owners[identity]
             continue

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 MAX_CODES_PER_BYTE = 1 << 16  # more than the coder can reach: a longer tensor is a lie
+ALL_ZERO_BYTES, MAX_ZEROS = 2, 1 << 28  # all-zero tensors take two bytes of any size
 
 
 @dataclass(frozen=True)
@@ -94,59 +95,49 @@ def read_coded(section: Section) -> CodedWeight:
     """
     entry, payload = section.entry, section.payload
     name, dtype, stored = entry.get("name"), entry.get("dtype"), entry.get("scale")
-    if (
-        not isinstance(name, str)
-        or dtype not in DTYPES
-        or stored not in ("f2", "bf2", "f4")
-    ):
-        raise FormatError(
-            "a section of codes has no valid description", got=str(entry)[:200]
-        )
-    shape = checked_shape(entry.get("shape"))
-    scales = entry.get("scales")
-    rows = shape[0] if shape else 0
-    size = math.prod(shape)
-    if (
-        scales not in (1, rows)
-        or not size
-        or size > MAX_CODES_PER_BYTE * (len(payload) + 1)
-    ):
+    texts = all(isinstance(text, str) for text in (name, dtype, stored))
+    if not texts or dtype not in DTYPES or stored not in ("f2", "bf2", "f4"):
+        raise FormatError("codes without a valid description", got=str(entry)[:200])
+    shape, scales = checked_shape(entry.get("shape")), entry.get("scales")
+    size, rows = math.prod(shape), shape[0] if shape else 0
+    good = type(scales) is int and scales in (1, rows) and len(shape) > 1 and size > 0
+    width = scales * DTYPES[stored].itemsize if good else 0
+    if not good or size > _most_codes(len(payload) - width):
         raise FormatError(
             f"the shape or scales of {name!r} are impossible",
             got=f"shape {shape}, {scales} scales, {len(payload)} bytes",
         )
-    width = scales * DTYPES[stored].itemsize
     scale = from_bytes(payload[:width], stored, "f4", (scales,))
     try:
         codes = _core.decode(payload[width:], rows, size // rows)
     except (ValueError, MemoryError) as error:
-        raise FormatError(
-            f"the codes of {name!r} are damaged", got=str(error)[:200]
-        ) from error
+        raise FormatError(f"the codes of {name!r} are damaged", got=str(error)[:200]) from error
     level = _level(entry, shape, scale, 8 * len(payload))
     return CodedWeight(name, torch.from_numpy(codes), scale, dtype, level)
+
+
+def _most_codes(stream: int) -> int:
+    """Return how many codes a stream of so many bytes can hold at the most."""
+    if stream <= ALL_ZERO_BYTES:
+        return MAX_ZEROS
+    return MAX_CODES_PER_BYTE * stream
 
 
 def _level(
     entry: dict[str, Any], shape: tuple[int, ...], scale: torch.Tensor, bits: int
 ) -> Level:
+    bops, numbers = entry.get("bops", 0), [entry.get("sparsity", 0.0), entry.get("loss", 0.0)]
+    good = type(bops) is int and 0 <= bops < 2**80
+    good = good and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
+    good = good and type(entry.get("bits", 8)) is int
     try:
-        if "bits" in entry:
-            grid = Grid(bits=entry["bits"])
-        else:
-            grid = Grid(step=float(scale[0]))
-        return Level(
-            grid=grid,
-            sparsity=float(entry.get("sparsity", 0.0)),
-            shape=shape,
-            distortion=float(entry.get("loss", 0.0)),
-            size_bits=bits,
-            bops=int(entry.get("bops", 0)),
-        )
-    except (TypeError, ValueError) as error:
-        raise FormatError(
-            "a level in the file is impossible", got=str(entry)[:200]
-        ) from error
+        if not good:
+            raise ValueError
+        grid = Grid(bits=entry["bits"]) if "bits" in entry else Grid(step=float(scale[0]))
+        sparsity, loss = (float(n) for n in numbers)
+        return Level(grid, sparsity, shape, loss, bits, bops)
+    except ValueError as error:
+        raise FormatError("a level in the file is impossible", got=str(entry)[:200]) from error
 
 
 @dataclass(frozen=True)

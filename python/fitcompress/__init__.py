@@ -7,11 +7,11 @@
 
 from fitcompress import methods, ops
 from fitcompress.compensate import apply
-from fitcompress.compress import compress
+from fitcompress.compression import compress
 from fitcompress.quantize import remove
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, pareto, search
-from fitcompress.sensitivity.measure import measure
+from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.storage.save_load import load, save
 from fitcompress.train import evaluate, finetune

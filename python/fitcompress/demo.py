@@ -23,7 +23,7 @@ from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.model.costs import dense_bytes
 from fitcompress.report import Report, report
 from fitcompress.search import Budget, Plan, search
-from fitcompress.sensitivity.measure import measure
+from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.table import Sensitivity
 from fitcompress.storage.save_load import load, save
 from fitcompress.train import evaluate, finetune

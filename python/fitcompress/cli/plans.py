@@ -28,8 +28,8 @@ from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.search import Budget
 from fitcompress.search import pareto as make_front
 from fitcompress.search import search as find_plan
-from fitcompress.search.search import Method
-from fitcompress.sensitivity.measure import measure as measure_sensitivity
+from fitcompress.search.selection import Method
+from fitcompress.sensitivity.measurement import measure as measure_sensitivity
 from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["MethodName", "make_method", "measure", "pareto", "search"]

@@ -23,7 +23,7 @@ from fitcompress.cli.app import (
 )
 from fitcompress.cli.models import build_model, trained_model
 from fitcompress.compensate import apply as apply_plan
-from fitcompress.compress import compress as compress_model
+from fitcompress.compression import compress as compress_model
 from fitcompress.data import load_dataset
 from fitcompress.files import check_writable, write_atomically
 from fitcompress.model.costs import dense_bytes

@@ -1,5 +1,5 @@
 """Second-order compensation: later weights absorb the rounding errors of earlier ones."""
 
-from fitcompress.compensate.apply import apply
+from fitcompress.compensate.compressor import apply
 
 __all__ = ["apply"]

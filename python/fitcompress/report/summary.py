@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import bops, count_macs, dense_bytes
 from fitcompress.quantize import plan_of
-from fitcompress.search.search import pareto
+from fitcompress.search.selection import pareto
 from fitcompress.storage.save_load import coded_weights, layer_bytes, packed_bytes
 from fitcompress.train.evaluation import divergence, evaluate
 

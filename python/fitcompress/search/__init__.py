@@ -2,6 +2,6 @@
 
 from fitcompress.search.budget import Budget, BudgetError
 from fitcompress.search.plan import Level, Plan
-from fitcompress.search.search import pareto, search
+from fitcompress.search.selection import pareto, search
 
 __all__ = ["Budget", "BudgetError", "Level", "Plan", "pareto", "search"]

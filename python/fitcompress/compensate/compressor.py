@@ -11,7 +11,7 @@ import torch
 
 from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
-from fitcompress.compensate.fit import entropy_bits, fit
+from fitcompress.compensate.size_fit import entropy_bits, fit
 from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.compensate.statistics import check_reached, second_moments

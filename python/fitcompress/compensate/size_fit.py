@@ -18,7 +18,7 @@ from fitcompress.storage.save_load import packed_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from fitcompress.compensate.apply import Compressor
+    from fitcompress.compensate.compressor import Compressor
     from fitcompress.search.plan import Plan
 
 __all__ = ["entropy_bits", "fit"]

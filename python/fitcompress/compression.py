@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fitcompress.compensate import apply
 from fitcompress.errors import BudgetExceededError
 from fitcompress.search import Budget, search
-from fitcompress.sensitivity.measure import measure
+from fitcompress.sensitivity.measurement import measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.search.problem import Family
-    from fitcompress.search.search import Method
+    from fitcompress.search.selection import Method
 
 __all__ = ["compress"]
 

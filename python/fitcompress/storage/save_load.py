@@ -65,8 +65,9 @@ class PackedModel:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return a plain state dict with the dequantized weights."""
-        coded = {w.key: w.weight() for w in self.weights.values()}
-        return coded | self.leftovers.state()
+        state = {w.key: w.weight() for w in self.weights.values()}
+        state |= self.leftovers.state()
+        return state | {key: state[to] for key, to in self.leftovers.aliases.items()}
 
 
 def packed_bytes(model: nn.Module) -> bytes:
@@ -153,7 +154,12 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
             raise FormatError("an unknown or repeated section", got=str(kind)[:50])
     if leftovers is None or not weights:
         raise FormatError("the file has no coded weight or no leftovers")
-    twice = {w.key for w in weights.values()} & set(leftovers.state())
+    coded, others = {w.key for w in weights.values()}, set(leftovers.state())
+    aliases = leftovers.aliases
+    twice = (coded & others) | (set(aliases) & (coded | others))
+    unknown = set(aliases.values()) - coded - others
+    if unknown:
+        raise FormatError("a tensor shares another that is missing", got=sorted(unknown)[0][:100])
     if twice:
         raise FormatError("a tensor stands in the file twice", got=sorted(twice)[0][:100])
     plan = _plan(packed.plan, {n: w.level for n, w in weights.items()}, len(data))
@@ -181,12 +187,11 @@ def load(
         PlanMismatchError: The file belongs to another architecture.
     """
     packed = read(path)
-    if any(grid_of(module) is not None for module in model.modules()):
-        remove(model)
     state = packed.state()
-    _check_state(state, model.state_dict())
+    _check_state(state, _plain_state(model))
     if trainable:
         packed.plan.check({layer.name: layer.shape for layer in compressible_layers(model)})
+    remove(model)
     model.load_state_dict(state)
     model.eval()
     if trainable:
@@ -205,6 +210,23 @@ def load(
             attach_grid(module, grid, layers[name].weight.detach())
         attach_plan(model, packed.plan)
     return model
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict that ``model`` has without its grids."""
+    held = {
+        f"{name}.parametrizations.weight.".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if grid_of(module) is not None
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        module, found, rest = key.partition("parametrizations.weight.")
+        if f"{module}{found}" not in held:
+            state[key] = value
+        elif rest == "original":
+            state[f"{module}weight"] = value
+    return state
 
 
 def _check_state(state: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
@@ -238,7 +260,7 @@ def _plan(info: dict[str, Any], levels: dict[str, Level], size: int) -> Plan:
             distortion=float(info.get("distortion", 0.0)),
             size_bytes=size,
             bops=sum(level.bops for level in levels.values()),
-            limit_bytes=None if limit is None else int(limit),
+            limit_bytes=limit,
             status=str(info.get("status")),
             gap=None if gap is None else float(gap),
         )
@@ -300,7 +322,7 @@ def _leftovers(model: nn.Module) -> Leftovers:
             )
             skip |= {f"{prefix}.{key}" for key in own}
     tensors: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
+    aliases = _other_names(model)
     owners: dict[tuple[Any, ...], str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if (
@@ -316,3 +338,16 @@ def _leftovers(model: nn.Module) -> Leftovers:
         owners[identity] = key
         tensors[key] = tensor.detach()
     return Leftovers(tensors, norms, aliases)
+
+
+def _other_names(model: nn.Module) -> dict[str, str]:
+    """Return the keys of coded weights under the further names of a shared module."""
+    first: dict[nn.Module, str] = {}
+    others = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if grid_of(module) is None:
+            continue
+        key = f"{name}.weight" if name else "weight"
+        if first.setdefault(module, key) != key:
+            others[key] = first[module]
+    return others

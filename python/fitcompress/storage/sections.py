@@ -96,7 +96,7 @@ def read_coded(section: Section) -> CodedWeight:
     entry, payload = section.entry, section.payload
     name, dtype, stored = entry.get("name"), entry.get("dtype"), entry.get("scale")
     texts = all(isinstance(text, str) for text in (name, dtype, stored))
-    if not texts or dtype not in DTYPES or stored not in ("f2", "bf2", "f4"):
+    if not texts or not {dtype, stored} <= {"f2", "bf2", "f4"}:
         raise FormatError("codes without a valid description", got=str(entry)[:200])
     shape, scales = checked_shape(entry.get("shape")), entry.get("scales")
     size, rows = math.prod(shape), shape[0] if shape else 0
@@ -108,11 +108,20 @@ def read_coded(section: Section) -> CodedWeight:
             got=f"shape {shape}, {scales} scales, {len(payload)} bytes",
         )
     scale = from_bytes(payload[:width], stored, "f4", (scales,))
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise FormatError(f"a scale of {name!r} is negative or not finite")
     try:
         codes = _core.decode(payload[width:], rows, size // rows)
     except (ValueError, MemoryError) as error:
         raise FormatError(f"the codes of {name!r} are damaged", got=str(error)[:200]) from error
     level = _level(entry, shape, scale, 8 * len(payload))
+    largest = None if level.grid.bits is None else 2 ** (level.grid.bits - 1) - 1
+    if largest is not None and int(np.abs(codes).max()) > largest:
+        raise FormatError(
+            f"a code of {name!r} is too large for {level.grid}",
+            got=int(np.abs(codes).max()),
+            wanted=f"at most {largest}",
+        )
     return CodedWeight(name, torch.from_numpy(codes), scale, dtype, level)
 
 
@@ -155,7 +164,10 @@ class Leftovers:
     aliases: dict[str, str]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the state dict entries, the constants of folded norms included."""
+        """Return the entries of the state dict, constants of folded norms included.
+
+        Without aliases, which may name coded weights.
+        """
         state = dict(self.tensors)
         for prefix, (weight, bias, eps, counted) in self.norms.items():
             state[f"{prefix}.weight"], state[f"{prefix}.bias"] = weight, bias
@@ -165,7 +177,6 @@ class Leftovers:
                 state[f"{prefix}.num_batches_tracked"] = torch.zeros(
                     (), dtype=torch.int64
                 )
-        state |= {key: state[target] for key, target in self.aliases.items()}
         return state
 
 
@@ -222,6 +233,8 @@ def read_leftovers(section: Section) -> Leftovers:
                 float(eps),
                 bool(counted),
             )
+            if not 0 <= float(eps) < 1:
+                raise FormatError("the ε of a norm is impossible", got=eps)
         aliases = {str(k): str(v) for k, v in entry["aliases"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
@@ -230,8 +243,7 @@ def read_leftovers(section: Section) -> Leftovers:
             "the section of leftovers cannot be read",
             got=f"{type(error).__name__}: {error}"[:200],
         ) from error
-    known = set(tensors) | {f"{p}.{k}" for p in norms for k in ("weight", "bias")}
-    if start != len(payload) or not set(aliases.values()) <= known:
+    if start != len(payload):
         raise FormatError(
             "the section of leftovers does not fit its description",
             got=f"{len(payload)} bytes",

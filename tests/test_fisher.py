@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import fitcompress as fc
 from fitcompress.errors import UnsupportedLayerError
 from fitcompress.model import compressible_layers
-from fitcompress.sensitivity import measure as measuring
+from fitcompress.sensitivity import measurement as measuring
 from fitcompress.sensitivity.fisher import FisherEstimator, Moments, sampled_label_loss
 
 

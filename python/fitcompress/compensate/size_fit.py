@@ -71,35 +71,42 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
 
 
 class _FactorSearch:
-    """Proposes factors: first by the curve of rounded codes, then between brackets."""
+    """Proposes factors: first by the curve of rounded codes, then by those tried."""
 
     def __init__(self, compressor: Compressor, limit: int) -> None:
         self._compressor, self._limit = compressor, limit
         self._overhead = compressor.overhead_bytes()
         self._known: dict[float, float] = {}
-        self._over: tuple[float, int] | None = None  # smallest file above the limit
-        self._under: tuple[float, int] | None = None  # largest file within it
+        self._tried: list[tuple[float, int]] = []
         # What the coder makes of rounded codes, relative to their order-0 entropy.
         self._ratio = compressor.coded_bits(1.0) / max(8 * self._bytes(1.0), 1.0)
 
     def next(self) -> float:
         """Return the factor to try next."""
+        if not self._tried:
+            return self._solve((self._limit - self._overhead) / self._ratio)
         aim = self._limit * (1 - TOLERANCE / 2)
-        if self._over is None or self._under is None:
-            aim = aim if self._over or self._under else self._limit
+        if len(self._tried) == 1:
             return self._solve((aim - self._overhead) / self._ratio)
-        (low, large), (high, small) = self._over, self._under
-        share = (math.log(large) - math.log(aim)) / (math.log(large) - math.log(small))
-        share = min(max(share, 0.05), 0.95)
-        return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+        # log size falls about linearly with log factor: through the two files nearest to
+        # the limit, one on each side of it if there are such.
+        nearest = sorted(self._tried, key=lambda t: abs(math.log(t[1] / self._limit)))
+        first = nearest[0]
+        over = first[1] > self._limit
+        other = next((t for t in nearest if (t[1] > self._limit) != over), nearest[1])
+        (low, large), (high, small) = sorted([first, other])
+        if large <= small:  # noise: the files are as good as equal
+            return max(low, high) * 1.01
+        slope = math.log(high / low) / math.log(large / small)
+        step = slope * math.log(large / aim)
+        width = math.log(high / low)
+        bracketed = large > self._limit >= small
+        step = min(max(step, 0.05 * width), 0.95 * width) if bracketed else step
+        return low * math.exp(step)
 
     def tell(self, factor: float, size: int) -> None:
         """Learn the size of the file at ``factor``."""
-        if size > self._limit:
-            if self._over is None or size < self._over[1]:
-                self._over = (factor, size)
-        elif self._under is None or size > self._under[1]:
-            self._under = (factor, size)
+        self._tried.append((factor, size))
         # What compensated, really coded codes take relative to the curve.
         self._ratio = max(size - self._overhead, 1) / max(self._bytes(factor), 1e-9)
 

@@ -49,6 +49,11 @@ def test_attention_leaves_its_output_projection_alone() -> None:
     assert names(model) == ["linear1", "linear2"]
 
 
+def test_other_parametrizations_stay_in_float() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert names(nn.Sequential(normed, nn.Linear(4, 4))) == ["1"]
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -207,6 +212,12 @@ def test_overhead_counts_two_numbers_per_folded_channel_and_biases(net) -> None:
     net.norm = nn.Identity()
     without = overhead_bytes(net, compressible_layers(net))
     assert with_norm - without == 8 * 2 * 2 + 20
+
+
+def test_overhead_does_not_count_grids(net, small) -> None:
+    wanted = overhead_bytes(net, compressible_layers(net))
+    assert overhead_bytes(small, compressible_layers(small)) == wanted
+    assert dense_bytes(small) == dense_bytes(net)
 
 
 def test_the_fingerprint_knows_names_shapes_weights_and_buffers(net) -> None:

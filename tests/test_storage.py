@@ -168,8 +168,19 @@ def test_shared_tensors_and_modules_stay_shared(tmp_path) -> None:
         nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
         nn.Sequential(nn.Linear(1, 1, bias=False)),
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2)
+        ),
     ],
-    ids=["a layer", "conv, norm", "3d", "batch statistics", "one weight", "attention"],
+    ids=[
+        "a layer",
+        "conv, norm",
+        "3d",
+        "batch statistics",
+        "one weight",
+        "attention",
+        "weight norm",
+    ],
 )
 @pytest.mark.parametrize("grid", [fc.Grid(bits=4), fc.Grid(step=0.05)], ids=str)
 def test_small_models_of_many_kinds(model, grid, tmp_path) -> None:

@@ -51,6 +51,8 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
     size = 0
     for attempt in range(ATTEMPTS):
         factor = search.next() if scalable else 1.0
+        if search.tried(factor):
+            break  # the widest there is, or nothing left between two neighbours
         small = compressor.at(factor)
         size = len(packed_bytes(small))
         logger.info("attempt %d: factor %.5f, %d of %d bytes", attempt, factor, size, limit)
@@ -82,7 +84,14 @@ class _FactorSearch:
         self._ratio = compressor.coded_bits(1.0) / max(8 * self._bytes(1.0), 1.0)
 
     def next(self) -> float:
-        """Return the factor to try next."""
+        """Return the factor to try next, within 1/64 … 64."""
+        return min(max(self._propose(), 1 / WIDEST), WIDEST)
+
+    def tried(self, factor: float) -> bool:
+        """Whether the file at ``factor`` is known."""
+        return any(factor == known for known, _ in self._tried)
+
+    def _propose(self) -> float:
         if not self._tried:
             return self._solve((self._limit - self._overhead) / self._ratio)
         aim = self._limit * (1 - TOLERANCE / 2)
@@ -102,7 +111,7 @@ class _FactorSearch:
         width = math.log(high / low)
         bracketed = large > self._limit >= small
         step = min(max(step, 0.05 * width), 0.95 * width) if bracketed else step
-        return low * math.exp(step)
+        return low * math.exp(min(max(step, -2 * math.log(WIDEST)), 2 * math.log(WIDEST)))
 
     def tell(self, factor: float, size: int) -> None:
         """Learn the size of the file at ``factor``."""

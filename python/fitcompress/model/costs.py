@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from fitcompress.model.layers import Layer, compressible_layers
 from fitcompress.model.modes import evaluating
@@ -74,8 +75,12 @@ def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
     dtypes as they are; 4 bytes checksum per layer; about 20 bytes of index per tensor.
     """
     coded = {id(layer.weight) for layer in layers}
+    held = [layer.module for layer in layers if is_parametrized(layer.module, "weight")]
+    grids = {id(m) for layer in held for m in layer.parametrizations["weight"].modules()}
     total, tensors, seen = 0, 0, set()
     for module in model.modules():
+        if id(module) in grids:
+            continue
         norm = isinstance(module, _BatchNorm) and module.running_mean is not None
         if norm and module.weight is not None:
             total, tensors = total + 4 * module.weight.numel(), tensors + 1

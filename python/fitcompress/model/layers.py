@@ -77,7 +77,8 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
 
     Linear and 1-, 2- and 3-dimensional convolutions with any stride, padding, dilation
     and groups. A weight that several modules share is left alone and stays in float, and
-    so do the projections of ``nn.MultiheadAttention``, which are never called as layers.
+    so do weights with a parametrization such as weight norm, and the projections of
+    ``nn.MultiheadAttention``, which are never called as layers.
 
     Args:
         model: The trained network.
@@ -114,7 +115,11 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight
         return False
     if nn.utils.parametrize.is_parametrized(module, "weight"):
-        return True
+        chain = module.parametrizations["weight"]
+        if all(getattr(p, "holds_grid", False) for p in chain):
+            return True
+        logger.info("%s has a parametrized weight and stays in float", name)
+        return False
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS:
         return False

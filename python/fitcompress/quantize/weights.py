@@ -38,6 +38,7 @@ class WeightGrid(nn.Module):
 
     scale: torch.Tensor
     mask: torch.Tensor | None
+    holds_grid = True  # tells it from other parametrizations, see ``compressible_layers``
 
     def __init__(
         self, scale: torch.Tensor, max_code: int = 0, mask: torch.Tensor | None = None

@@ -214,12 +214,7 @@ def load(
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict that ``model`` has without its grids."""
-    held = {
-        f"{name}.parametrizations.weight.".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if grid_of(module) is not None
-    }
-    state = {}
+    held, state = _grid_prefixes(model), {}
     for key, value in model.state_dict().items():
         module, found, rest = key.partition("parametrizations.weight.")
         if f"{module}{found}" not in held:
@@ -227,6 +222,15 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
         elif rest == "original":
             state[f"{module}weight"] = value
     return state
+
+
+def _grid_prefixes(model: nn.Module) -> set[str]:
+    """Return what the keys of grids and their latent weights begin with."""
+    return {
+        f"{name}.parametrizations.weight.".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if grid_of(module) is not None
+    }
 
 
 def _check_state(state: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
@@ -324,12 +328,10 @@ def _leftovers(model: nn.Module) -> Leftovers:
     tensors: dict[str, torch.Tensor] = {}
     aliases = _other_names(model)
     owners: dict[tuple[Any, ...], str] = {}
+    held = _grid_prefixes(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if (
-            key in skip
-            or ".parametrizations." in f".{key}"
-            or not torch.is_tensor(tensor)
-        ):
+        module, found, _ = key.partition("parametrizations.weight.")
+        if key in skip or f"{module}{found}" in held or not torch.is_tensor(tensor):
             continue
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in owners:

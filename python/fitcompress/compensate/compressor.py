@@ -18,6 +18,7 @@ from fitcompress.compensate.statistics import check_reached, second_moments
 from fitcompress.compensate.sweep import compensated_codes
 from fitcompress.data.batches import take
 from fitcompress.errors import NonFiniteError
+from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.costs import overhead_bytes
 from fitcompress.progress import Bar
@@ -113,6 +114,8 @@ class Compressor:
         self.layers = compressible_layers(model)
         plan.check({layer.name: layer.shape for layer in self.layers})
         check_finite(model)
+        if checkpoint is not None:
+            check_writable(checkpoint)
         self.model = remove(copy.deepcopy(model)).eval()  # it may be compressed already
         self.plan, self.progress = plan, progress
         self.layers = compressible_layers(self.model)

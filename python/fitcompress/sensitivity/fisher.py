@@ -253,6 +253,8 @@ class FisherEstimator:
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"a gradient of layer {layer.name!r} is not finite",
+                    got=f"a sum of squares of {total}",
+                    wanted="finite gradients",
                     fix="look for NaN in the data, and for overflow in half precision",
                 )
             per_group += added

@@ -5,8 +5,10 @@ Independent of any budget, measured once, saved as ``.safetensors``; imports no 
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,6 +179,8 @@ class Sensitivity:
             FileNotFoundError: There is no such file.
             FormatError: The file is damaged or something else.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 header = (file.metadata() or {}).get("fitcompress.sensitivity")
@@ -198,8 +202,6 @@ class Sensitivity:
             meta["names"] = tuple(meta["names"])
             meta["shapes"] = tuple(tuple(s) for s in meta["shapes"])
             return cls(**meta, **arrays)
-        except FileNotFoundError:
-            raise
         except (
             safetensors.SafetensorError,
             AttributeError,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from fitcompress.data.batches import take
 from fitcompress.errors import DataError, NonFiniteError
+from fitcompress.model.modes import evaluating
 from fitcompress.progress import track
+from fitcompress.train.devices import device_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
 
-__all__ = ["Score", "divergence", "evaluate"]
+__all__ = ["Score", "check_logits", "divergence", "evaluate", "length_of"]
 
 
 @dataclass(frozen=True)
@@ -35,46 +39,129 @@ class Score:
     samples: int
 
 
-def evaluate(model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> Score:
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], *, progress: bool = True
+) -> Score:
     """Return accuracy and loss of ``model`` on labelled batches.
+
+    Batches are moved to the device of the model's first parameter; the mode of every
+    module is left as it was.
+
+    Args:
+        model: Its output are logits, classes along the last dimension.
+        loader: Yields (inputs, labels).
+        progress: Show a bar with the time left.
 
     Raises:
         EmptyLoaderError: The loader yields nothing.
-        DataError: A batch has no labels.
+        DataError: A batch has no labels, or labels that do not fit the output.
         NonFiniteError: The loss is NaN or infinite.
     """
     right, loss, samples = 0, 0.0, 0
-    training = model.training
-    model.eval()
-    total = len(loader) if hasattr(loader, "__len__") else None
-    try:
-        with torch.no_grad():
-            for x, y in track(take(loader, None), "evaluate", total, enabled=progress):
-                if y is None:
-                    raise DataError("evaluation needs labels", wanted="(inputs, labels)")
-                out = model(x).float()
-                right += int((out.argmax(-1) == y).sum())
-                loss += float(F.cross_entropy(out, y, reduction="sum"))
-                samples += y.numel()
-    finally:
-        model.train(training)
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    device, total = device_of(model), length_of(loader)
+    with evaluating(model), torch.no_grad():
+        for x, y in track(take(loader, None), "evaluate", total, enabled=progress):
+            out = check_logits(model(x.to(device))).float()
+            labels = _labels(to_device(y, device), out)
+            out = out.reshape(-1, out.shape[-1])
+            right += int((out.argmax(-1) == labels).sum())
+            loss += float(functional.cross_entropy(out, labels, reduction="sum"))
+            samples += labels.numel()
+    if not math.isfinite(loss):
+        msg = "the loss is not finite"
         raise NonFiniteError(
-            "the loss is not finite", got=loss, fix="look for NaN in the data and the weights"
+            msg,
+            got=loss,
+            fix="look for NaN in the data and the weights",
         )
     return Score(100 * right / samples, loss / samples, samples)
 
 
 def divergence(
-    dense: nn.Module, small: nn.Module, loader: Iterable[Any], samples: int | None = None
+    dense: nn.Module,
+    small: nn.Module,
+    loader: Iterable[Any],
+    samples: int | None = None,
+    *,
+    progress: bool = False,
 ) -> float:
-    """Return the mean KL divergence of ``small``'s predictions from ``dense``'s, nats."""
-    total, count = 0.0, 0
-    dense.eval()
-    small.eval()
-    with torch.no_grad():
-        for x, _ in take(loader, samples):
-            p, q = dense(x).float().log_softmax(-1), small(x).float().log_softmax(-1)
-            total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+    """Return how far ``small``'s predictions are from ``dense``'s, in nats.
+
+        mean over samples of KL(p ‖ q),  p = softmax(dense(x)), q = softmax(small(x))
+
+    Batches are moved to the devices of the models; the mode of every module is left as
+    it was.
+
+    Args:
+        dense: The reference; its output are logits, classes along the last dimension.
+        small: The model that is compared with it.
+        loader: Yields inputs or (inputs, …).
+        samples: How many inputs to use; None for all.
+        progress: Show a bar with the time left.
+
+    Raises:
+        EmptyLoaderError: The loader yields nothing.
+        DataError: An output is no tensor, or the outputs differ in shape.
+    """
+    total, count, length = 0.0, 0, length_of(loader) if samples is None else None
+    places = device_of(dense), device_of(small)
+    with evaluating(dense), evaluating(small), torch.no_grad():
+        for x, _ in track(take(loader, samples), "compare", length, enabled=progress):
+            p, q = check_logits(dense(x.to(places[0]))), small(x.to(places[1]))
+            if check_logits(q).shape != p.shape:
+                msg = "the two models have different outputs"
+                raise DataError(
+                    msg,
+                    got=tuple(q.shape),
+                    wanted=tuple(p.shape),
+                    fix="compare a compressed model with the one it was made from",
+                )
+            p = p.to(q.device).float().log_softmax(-1)
+            q = q.float().log_softmax(-1)
+            total += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
             count += p.numel() // p.shape[-1]
     return total / count
+
+
+def check_logits(out: Any) -> torch.Tensor:
+    """Return a model's output if it is a tensor of logits.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
+        return out
+    msg = "the model's output cannot be used as logits"
+    raise DataError(
+        msg,
+        got=tuple(out.shape) if torch.is_tensor(out) else type(out).__name__,
+        wanted="a float tensor [samples, …, classes]",
+        fix="wrap the model so that it returns its logits",
+    )
+
+
+def _labels(y: Any, out: torch.Tensor) -> torch.Tensor:
+    """Return the labels as one row of integers; raise unless they fit the logits."""
+    classes = out.shape[-1]
+    if not torch.is_tensor(y) or y.is_floating_point() or y.shape != out.shape[:-1]:
+        got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
+        msg = "evaluation needs labels"
+        raise DataError(
+            msg,
+            got="none" if y is None else got,
+            wanted=f"(inputs, labels) with whole numbers {tuple(out.shape[:-1])}",
+        )
+    if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        msg = "a label is no class of the model"
+        raise DataError(
+            msg,
+            got=f"{int(y.min())} … {int(y.max())}",
+            wanted=f"0 … {classes - 1}",
+            fix="use the data set that the model was trained for",
+        )
+    return y.reshape(-1).long()
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Return how many batches ``loader`` yields, if it tells."""
+    return len(loader) if isinstance(loader, Sized) else None

@@ -1,8 +1,8 @@
 """``finetune``: train a compressed model on its grids, within the size of its file.
 
-Weights are trained through the grids (straight-through); bits are priced so that the file
-keeps its size (``rate_control``); the dense model's outputs are the targets (distillation, Hinton et al.
-2015, arXiv 1503.02531).
+Weights are trained through the grids (straight-through); bits are priced so that the
+file keeps its size (``rate_control``); the dense model's outputs are the targets
+(distillation, Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from fitcompress.data.batches import split_batch, take
-from fitcompress.errors import DataError, EmptyLoaderError, NonFiniteError
+from fitcompress.errors import (
+    DataError,
+    EmptyLoaderError,
+    NonFiniteError,
+    OptionError,
+)
 from fitcompress.files import check_writable
+from fitcompress.model.layers import fingerprint
 from fitcompress.progress import Bar
 from fitcompress.quantize import fold_norms_, plan_of, round_leftovers_
-from fitcompress.quantize.leftovers import FOLDABLE, thaw_norms_
+from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.storage.save_load import packed_bytes
-from fitcompress.train.evaluation import divergence
+from fitcompress.train.devices import device_of, to_device
+from fitcompress.train.evaluation import check_logits, divergence, length_of
 from fitcompress.train.rate_control import RateControl
 from fitcompress.train.training_state import TrainingState
 
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneResult", "finetune"]
 
-CONTROL_EVERY = 10  # steps between two looks at the size
+CONTROL_EVERY = 25  # steps between two looks at the size
 SAVE_EVERY = 30.0  # seconds between checkpoints
 NORM_SAMPLES = 4096
 WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
@@ -44,11 +51,11 @@ TEMPERATURE = 4.0
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What fine-tuning did.
+    """What fine-tuning did; ``str()`` says it in one line.
 
     Attributes:
-        before: Divergence from the teacher on the validation data before, nats, or None.
-        after: The same afterwards.
+        before: Divergence from the teacher on the validation data, nats, or None.
+        after: The same of the trained weights, whether they were kept or not.
         kept: False if the start was restored, because it was better on the validation
             data or the trained weights would not fit into the file.
         losses: Mean training loss of every epoch run in this call.
@@ -58,6 +65,24 @@ class FinetuneResult:
     after: float | None
     kept: bool
     losses: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            if self.kept:
+                return "trained; not validated"
+            return "the start was kept: the trained weights do not fit into the file"
+        text = (
+            f"divergence from the dense model {self.before:.4g} ⇒ {self.after:.4g} nats"
+        )
+        if self.kept:
+            return text
+        worse = self.after > self.before
+        why = (
+            "training made it worse"
+            if worse
+            else "the weights do not fit into the file"
+        )
+        return f"{text}; the start was kept, because {why}"
 
 
 def finetune(
@@ -81,10 +106,13 @@ def finetune(
         T² KL(teacher ‖ small) at temperature T = 4, if there is a teacher, plus
         loss_fn(output, targets), if given.
 
+    Weights in 16 bits are trained as float32 copies. Batches are moved to the device of
+    the model's first parameter. If anything goes wrong, the model is as it was.
+
     Args:
         small: What ``apply``, ``compress`` or ``load(trainable=True)`` returned.
-        loader: Yields inputs or (inputs, targets), the same for the same epoch; if it has
-            an attribute ``epoch``, that is set before each pass.
+        loader: Yields inputs or (inputs, targets), the same for the same epoch; if it
+            has an attribute ``epoch``, that is set before each pass.
         loss_fn: (output, targets) → loss averaged over the batch.
         epochs: Passes over the loader.
         teacher: The dense model, whose outputs are the targets.
@@ -92,8 +120,8 @@ def finetune(
             fallen in the end, the start is restored.
         lr: Peak learning rate.
         norms: ``"frozen"`` trains the two numbers per channel that folded norms have;
-            ``"batch"`` gives them their statistics back, trains with those of each batch
-            and estimates them anew at the end.
+            ``"batch"`` gives them their statistics back, trains with those of each
+            batch and estimates them anew at the end (norms in 16 bits stay frozen).
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Recorded in the checkpoint; the loader draws, not this function.
         progress: Show a bar with the time left.
@@ -103,34 +131,58 @@ def finetune(
 
     Raises:
         PlanMismatchError: ``small`` is not compressed.
-        DataError: Neither a teacher nor a loss is given.
+        OptionError: ``epochs``, ``lr`` or ``norms`` cannot be used.
+        DataError: Neither a teacher nor a loss is given, or a batch or an output does
+            not serve.
         EmptyLoaderError: The loader yields nothing.
         NonFiniteError: The loss is NaN or infinite.
         OutputError: The checkpoint cannot be written.
     """
     if teacher is None and loss_fn is None:
-        raise DataError("nothing to train for", wanted="a teacher, a loss function, or both")
+        msg = "nothing to train for"
+        raise DataError(msg, wanted="a teacher, a loss function, or both")
+    _check_options(epochs, lr, norms)
     plan = plan_of(small)
     if checkpoint is not None:
         check_writable(checkpoint)
+    key = f"{seed}-{lr}-{norms}"
     if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval()
-    before = None
+        teacher = copy.deepcopy(teacher).eval().to(device_of(small))
+        key += f"-{fingerprint(teacher, [])}"
+    before, after = None, None
     if teacher is not None and validation is not None:
-        before = divergence(teacher, small, validation)
-    start = {key: value.clone() for key, value in small.state_dict().items()}
+        before = divergence(teacher, small, validation, progress=progress)
+    start = {name: value.clone() for name, value in small.state_dict().items()}
     limit = plan.limit_bytes or len(packed_bytes(small))
-    trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, norms, limit)
-    losses = trainer.run(checkpoint, f"{seed}", progress=progress)
-    after, kept = None, trainer.finish()
-    if before is not None and teacher is not None and validation is not None:
-        after = divergence(teacher, small, validation)
-        kept = kept and after <= before
-    if not kept:
-        small.load_state_dict(start)
+    trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, limit)
+    kept = False
+    try:
+        trainer.prepare(batch_norms=norms == "batch")
+        losses = trainer.run(checkpoint, key, progress=progress)
+        kept = trainer.finish()
+        if teacher is not None and validation is not None and before is not None:
+            after = divergence(teacher, small, validation, progress=progress)
+            kept = kept and after <= before
+    finally:
+        if not kept:
+            trainer.rate.release()
+            small.load_state_dict(start)
+            small.eval()
     if checkpoint is not None:
         check_writable(checkpoint).unlink(missing_ok=True)
     return FinetuneResult(before, after, kept, losses)
+
+
+def _check_options(epochs: int, lr: float, norms: str) -> None:
+    if epochs < 1:
+        msg = "there is nothing to train"
+        raise OptionError(msg, got=f"epochs={epochs}", wanted="≥ 1")
+    if not (0 < lr < math.inf):
+        msg = "the learning rate must be positive"
+        raise OptionError(msg, got=f"lr={lr}")
+    if norms not in ("frozen", "batch"):
+        msg = "unknown norms"
+        raise OptionError(msg, got=repr(norms), wanted="'frozen' or 'batch'")
 
 
 class _Trainer:
@@ -144,24 +196,43 @@ class _Trainer:
         teacher: nn.Module | None,
         epochs: int,
         lr: float,
-        norms: str,
         limit: int,
     ) -> None:
-        self.small, self.loader, self.loss_fn, self.teacher = small, loader, loss_fn, teacher
+        self.small, self.loader = small, loader
+        self.loss_fn, self.teacher = loss_fn, teacher
         self.epochs, self.lr = epochs, lr
-        self.batches = len(loader) if hasattr(loader, "__len__") else self._count()
+        self.device = device_of(small)
+        counted = length_of(loader)
+        self.batches = sum(1 for _ in loader) if counted is None else counted
         if not self.batches:
-            raise EmptyLoaderError("the loader yields no batch", wanted="training data")
+            msg = "the loader yields no batch"
+            raise EmptyLoaderError(msg, wanted="training data")
         self.total = epochs * self.batches
         self.rate = RateControl(small, limit)
-        self.batch_norms = norms == "batch"
-        if self.batch_norms:
-            thaw_norms_(small, (x for x, _ in take(self._pass(0), NORM_SAMPLES)))
-        parameters = [p for p in small.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
+        self.norms: list[nn.modules.batchnorm._BatchNorm] = []  # with batch statistics
+        self.parameters = [p for p in small.parameters() if p.requires_grad]
+        # Steps are smaller than what 16 bits can tell apart: these train as copies.
+        self.trained = [p.detach().float() for p in self.parameters]
+        self.optimizer = torch.optim.Adam(self.trained, lr, betas=(0.9, 0.99))
 
-    def _count(self) -> int:
-        return sum(1 for _ in self.loader)
+    def prepare(self, *, batch_norms: bool) -> None:
+        """Give folded norms their statistics back if they are to train with them."""
+        if not batch_norms:
+            return
+        inputs = take(self._pass(0), NORM_SAMPLES)
+        thaw_norms_(self.small, (x.to(self.device) for x, _ in inputs))
+        for norm in self.small.modules():
+            if not isinstance(norm, FOLDABLE) or norm.running_mean is None:
+                continue
+            # What thawing passed over is an affine map, not a norm.
+            if not is_folded(norm) and norm.running_mean.dtype == torch.float32:
+                self.norms.append(norm)
+        self._copy_parameters()
+
+    @torch.no_grad()
+    def _copy_parameters(self) -> None:
+        for parameter, trained in zip(self.parameters, self.trained, strict=True):
+            trained.copy_(parameter)
 
     def _pass(self, epoch: int) -> Iterable[Any]:
         if hasattr(self.loader, "epoch"):
@@ -173,8 +244,10 @@ class _Trainer:
     ) -> list[float]:
         state = None
         if checkpoint is not None:
-            key = f"{key}-{self.total}-{self.lr}-{self.rate.limit}"
-            state = TrainingState(checkpoint, key, self.small, self.optimizer, self.rate)
+            key = f"{key}-{self.total}-{self.rate.limit}"
+            state = TrainingState(
+                checkpoint, key, self.small, self.optimizer, self.rate
+            )
         done = 0 if state is None else state.restore()
         losses, saved = [], time.monotonic()
         with Bar("fine-tune", self.total, enabled=progress) as bar:
@@ -190,6 +263,8 @@ class _Trainer:
                         continue
                     if step >= self.total:
                         break
+                    if state is not None and step == done:
+                        state.restore_random()
                     total, count = total + self._step(step, batch), count + 1
                     bar.advance(note=f"loss {total / count:.4f}")
                     if state is not None and time.monotonic() - saved > SAVE_EVERY:
@@ -206,55 +281,75 @@ class _Trainer:
         if step % CONTROL_EVERY == 0:
             self.rate.adjust(min(1.0, share / RAMP))
         x, y = split_batch(batch)
-        self._train_mode()
-        out = self.small(x)
-        loss = torch.zeros(())
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = (self.teacher(x) / TEMPERATURE).log_softmax(-1)
-            found = (out / TEMPERATURE).log_softmax(-1)
-            soft = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
-            loss = loss + TEMPERATURE**2 * soft
-        if self.loss_fn is not None:
-            loss = loss + self.loss_fn(out, y)
+        loss = self._loss(x.to(self.device), to_device(y, self.device))
         value = float(loss.detach())
         if not math.isfinite(value):
+            msg = "the training loss is not finite"
             raise NonFiniteError(
-                "the training loss is not finite",
+                msg,
                 got=f"{value} at step {step}",
                 fix="lower the learning rate, or look for NaN in the data",
             )
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self._update(loss)
         return value
 
+    def _loss(self, x: torch.Tensor, y: Any) -> torch.Tensor:
+        self._train_mode()
+        out, loss = self.small(x), torch.zeros((), device=self.device)
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = check_logits(self.teacher(x)).float() / TEMPERATURE
+            found = check_logits(out).float() / TEMPERATURE
+            soft = functional.kl_div(
+                found.log_softmax(-1),
+                wanted.log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            loss = loss + TEMPERATURE**2 * soft
+        return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
+
+    def _update(self, loss: torch.Tensor) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter, trained in zip(self.parameters, self.trained, strict=True):
+            trained.grad = None if parameter.grad is None else parameter.grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            for parameter, trained in zip(self.parameters, self.trained, strict=True):
+                parameter.copy_(trained)
+                parameter.grad = trained.grad = None
+
     def _train_mode(self) -> None:
+        """Train; only norms with statistics of their own use those of the batch."""
         self.small.train()
-        if not self.batch_norms:
-            for module in self.small.modules():
-                if isinstance(module, FOLDABLE):
-                    module.eval()
+        live = set(self.norms)
+        for module in self.small.modules():
+            if isinstance(module, FOLDABLE) and module not in live:
+                module.eval()
 
     def finish(self) -> bool:
         """Fold the norms, with statistics of the final weights, and meet the limit."""
         self.rate.adjust()
-        if self.batch_norms:
-            self._estimate_norms()
+        self._estimate_norms()
         self.small.eval()
         fold_norms_(self.small)
         round_leftovers_(self.small)
         return self.rate.finish()
 
     def _estimate_norms(self) -> None:
-        norms = [m for m in self.small.modules() if isinstance(m, FOLDABLE)]
-        averaging = [(norm, norm.momentum) for norm in norms]
-        for norm in norms:
+        """Average the statistics of the norms anew, all else as in evaluation."""
+        if not self.norms:
+            return
+        momenta = [norm.momentum for norm in self.norms]
+        self.small.eval()
+        for norm in self.norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
-        self.small.train()
+            norm.train()
         with torch.no_grad():
             for x, _ in take(self._pass(self.epochs), NORM_SAMPLES):
-                self.small(x)
-        for norm, momentum in averaging:
+                self.small(x.to(self.device))
+        for norm, momentum in zip(self.norms, momenta, strict=True):
             norm.momentum = momentum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from fitcompress.progress import Bar
 
@@ -18,9 +18,14 @@ __all__ = ["train"]
 
 
 def train(
-    model: nn.Module, loader: Batches, *, epochs: int, lr: float = 0.2, progress: bool = True
+    model: nn.Module,
+    loader: Batches,
+    *,
+    epochs: int,
+    lr: float = 0.2,
+    progress: bool = True,
 ) -> None:
-    """Train a classifier in place: SGD, Nesterov momentum, one cycle; ends in eval mode.
+    """Train a classifier in place: SGD, Nesterov momentum, one cycle; then eval mode.
 
     Args:
         model: With fresh weights.
@@ -39,9 +44,10 @@ def train(
         for epoch in range(epochs):
             loader.epoch = epoch
             for x, y in loader:
-                loss = F.cross_entropy(model(x), y)
+                assert y is not None
+                loss = functional.cross_entropy(model(x), y)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 bar.advance(note=f"loss {float(loss.detach()):.3f}")

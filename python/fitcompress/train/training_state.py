@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 
 from fitcompress.files import check_writable, write_atomically
+from fitcompress.model.layers import fingerprint
 from fitcompress.quantize.rate import Rate
+from fitcompress.train.devices import device_of
 
 if TYPE_CHECKING:
     import os
@@ -26,12 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Everything that the next step depends on: weights, moments, prices, step number.
+    """Everything that the next step depends on.
+
+    Weights and their float32 copies, moments, prices, step number, and the state of
+    torch's random generators, which dropout draws from.
 
     Args:
         path: The file.
         key: Settings that must be equal for the file to be used.
-        model: The model under training.
+        model: The model under training; its values now become part of the key.
         optimizer: Its optimizer.
         rate: Its rate control.
     """
@@ -44,21 +49,27 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         rate: RateControl,
     ) -> None:
-        self.path, self.key = check_writable(path), key
+        self.path, self.key = check_writable(path), f"{key}-{fingerprint(model, [])}"
         self.model, self.optimizer, self.rate = model, optimizer, rate
-        digest = sum(float(t.double().abs().sum()) for t in model.state_dict().values())
-        self.key += f"-{digest.hex()}"  # of the model as it was given
+        self._random: dict[str, torch.Tensor] = {}
 
     def save(self, done: int) -> None:
         """Write the state after ``done`` steps, atomically."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        own = {tensor.data_ptr() for tensor in tensors.values()}
         for index, parameter in enumerate(self._parameters()):
+            if parameter.data_ptr() not in own:
+                tensors[f"copy/{index}"] = parameter
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{index}/{name}"] = value
         for index, (_, grid) in enumerate(self.rate.layers):
             assert grid.rate is not None
             tensors[f"lengths/{index}"] = grid.rate.lengths
-        tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        device = device_of(self.model)
+        if device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         info = {"key": self.key, "done": done, "weight": self.rate.weight.hex()}
         data = safetensors.torch.save(tensors, {"finetune": json.dumps(info)})
         write_atomically(self.path, data)
@@ -71,23 +82,49 @@ class TrainingState:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 info = json.loads((file.metadata() or {})["finetune"])
                 if info["key"] != self.key:
-                    logger.warning("%s belongs to another run and is not used", self.path)
+                    logger.warning(
+                        "%s belongs to another run and is not used", self.path
+                    )
                     return 0
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
             logger.warning("%s is damaged and not used: %s", self.path, error)
             return 0
-        model = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith("model/")}
-        self.model.load_state_dict(model)
-        parameters = self._parameters()
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, name = key.split("/")
-                self.optimizer.state[parameters[int(index)]][name] = value
+        self._load(tensors)
         self.rate.weight = float.fromhex(info["weight"])
         for index, (_, grid) in enumerate(self.rate.layers):
-            grid.rate = Rate(tensors[f"lengths/{index}"], self.rate.weight)
+            lengths = tensors[f"lengths/{index}"].to(grid.scale.device)
+            grid.rate = Rate(lengths, self.rate.weight)
+        self._random = {k: v for k, v in tensors.items() if k.startswith("random/")}
         return int(info["done"])
+
+    def restore_random(self) -> None:
+        """Give the random generators the state that :meth:`restore` found, once.
+
+        Apart from it, because loading the batches that are skipped may draw as well.
+        """
+        if "random/cpu" in self._random:
+            torch.set_rng_state(self._random["random/cpu"])
+        device = device_of(self.model)
+        if "random/cuda" in self._random and device.type == "cuda":
+            torch.cuda.set_rng_state(self._random["random/cuda"], device)
+        self._random = {}
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
+        begin = "model/"
+        self.model.load_state_dict(
+            {k[len(begin) :]: v for k, v in tensors.items() if k.startswith(begin)}
+        )
+        for index, parameter in enumerate(self._parameters()):
+            if f"copy/{index}" in tensors:
+                parameter.copy_(tensors[f"copy/{index}"])
+            begin = f"optimizer/{index}/"
+            for key, value in tensors.items():
+                if key.startswith(begin):
+                    # Adam keeps its step counters on the CPU.
+                    place = parameter.device if value.dim() else value.device
+                    self.optimizer.state[parameter][key[len(begin) :]] = value.to(place)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -16,7 +16,8 @@ from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.search.hull import front, lower_hull
 from fitcompress.search.problem import make_problem
 
-FISHER = Lagrangian(errors="rounded", fisher_power=1)  # the objective is the distortion itself
+# Its objective is the distortion itself.
+FISHER = Lagrangian(errors="rounded", fisher_power=1)
 
 
 def make_table(

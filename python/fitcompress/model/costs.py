@@ -76,7 +76,8 @@ def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
     """
     coded = {id(layer.weight) for layer in layers}
     held = [layer.module for layer in layers if is_parametrized(layer.module, "weight")]
-    grids = {id(m) for layer in held for m in layer.parametrizations["weight"].modules()}
+    chains = [module.get_submodule("parametrizations.weight") for module in held]
+    grids = {id(module) for chain in chains for module in chain.modules()}
     total, tensors, seen = 0, 0, set()
     for module in model.modules():
         if id(module) in grids:

@@ -115,7 +115,7 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight
         return False
     if nn.utils.parametrize.is_parametrized(module, "weight"):
-        chain = module.parametrizations["weight"]
+        chain = module.get_submodule("parametrizations.weight").children()
         if all(getattr(p, "holds_grid", False) for p in chain):
             return True
         logger.info("%s has a parametrized weight and stays in float", name)

@@ -70,7 +70,8 @@ def _convolution_patches(
     )
     if skip > 1:
         every = [slice(offset if offset < n else 0, None, skip) for n in out]
-        windows = windows[(slice(None), slice(None), slice(None), *every)]
+        index = (slice(None), slice(None), slice(None), *every)
+        windows = windows[index]
     positions = range(3, 3 + dims)
     offsets = range(3 + dims, 3 + 2 * dims)
     order = (1, 0, *positions, 2, *offsets)

@@ -168,7 +168,6 @@ def test_every_method_and_grid_family(run, tiny_files) -> None:
     assert {level.grid.family for level in levels} == {"bits"}
 
 
-@pytest.mark.xfail(reason="tables for people go to the standard output as well")
 def test_json_on_the_standard_output_is_json_alone(run, tiny_files) -> None:
     for arguments in (
         ("search", "s", "--size", 900),
@@ -299,7 +298,6 @@ def test_wrong_usage_has_exit_code_2(run, arguments) -> None:
     assert result.err
 
 
-@pytest.mark.xfail(reason="typer ends the program before the message")
 def test_an_interruption_says_how_to_go_on(run, tiny_files, monkeypatch) -> None:
     from fitcompress.cli import plans
 

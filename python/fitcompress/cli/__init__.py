@@ -1,5 +1,5 @@
 """The command line: ``fitcompress COMMAND``."""
 
-from fitcompress.cli.main import main
+from fitcompress.cli.entry import main
 
 __all__ = ["main"]

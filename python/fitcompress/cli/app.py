@@ -1,7 +1,8 @@
 """The typer application and the options that commands share."""
 
+import inspect
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,10 @@ __all__ = [
     "SizeOption",
     "WeightsOption",
     "app",
-    "check_json",
     "console",
+    "defaults",
     "emit",
+    "prepare",
 ]
 
 app = typer.Typer(
@@ -45,7 +47,9 @@ ModelOption = Annotated[
 ]
 WeightsOption = Annotated[
     Path,
-    typer.Option("--weights", help="Checkpoint: .safetensors, or a torch file of tensors."),
+    typer.Option(
+        "--weights", help="Checkpoint: .safetensors, or a torch file of tensors."
+    ),
 ]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="digits or cifar10.")]
 DataOption = Annotated[
@@ -55,19 +59,42 @@ DataOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", help="File to write.")]
 SizeOption = Annotated[
     str | None,
-    typer.Option("--size", help='Bytes of the file: "5%", "40KB", "2.1bpw" or a number.'),
+    typer.Option(
+        "--size", help='Bytes of the file: "5%", "40KB", "2.1bpw" or a number.'
+    ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything drawn."),
+]
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result as JSON to this file; - for stdout."),
+    typer.Option(
+        "--json",
+        help="Write the result as JSON to this file; - for stdout, where it is alone.",
+    ),
 ]
 
 
-def check_json(path: Path | None) -> None:
-    """Raise early if the JSON file cannot be written."""
-    if path is not None and str(path) != "-":
-        check_writable(path)
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of a function's parameters, to be those of options too."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def prepare(json_path: Path | None, *outputs: Path | None) -> None:
+    """Get ready to write, before any work is done.
+
+    With ``--json -`` everything for people goes to the standard error stream.
+
+    Raises:
+        OutputError: One of the files cannot be written.
+    """
+    to_stdout = json_path is not None and str(json_path) == "-"
+    console.stderr = to_stdout
+    for path in (*outputs, None if to_stdout else json_path):
+        if path is not None:
+            check_writable(path)
 
 
 def emit(path: Path | None, values: dict[str, Any]) -> None:
@@ -78,12 +105,14 @@ def emit(path: Path | None, values: dict[str, Any]) -> None:
     if str(path) == "-":
         typer.echo(text)
     else:
-        write_atomically(path, (text + os.linesep).encode())
+        write_atomically(path, (text + "\n").encode())
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(__version__)

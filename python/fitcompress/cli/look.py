@@ -12,14 +12,13 @@ from fitcompress.cli.app import (
     ModelOption,
     WeightsOption,
     app,
-    check_json,
     console,
     emit,
+    prepare,
 )
-from fitcompress.cli.models import build_model, trained_model
+from fitcompress.cli.models import build_model, check_data, trained_model
 from fitcompress.data import load_dataset
 from fitcompress.errors import DataError
-from fitcompress.files import check_writable
 from fitcompress.report import report as make_report
 from fitcompress.sensitivity.table import Sensitivity
 from fitcompress.storage.save_load import load
@@ -40,9 +39,10 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Score a dense checkpoint or a packed file on the test set."""
-    check_json(json)
+    prepare(json)
     if (weights is None) == (packed is None):
-        raise DataError("nothing to evaluate", wanted="either --weights or --packed")
+        msg = "nothing to evaluate"
+        raise DataError(msg, wanted="either --weights or --packed")
     if packed is not None:
         network = load(packed, build_model(model))
         size = packed.stat().st_size
@@ -50,7 +50,9 @@ def evaluate(
         assert weights is not None
         network = trained_model(model, weights)
         size = weights.stat().st_size
-    result = score(network, load_dataset(dataset, data).testing())
+    source = load_dataset(dataset, data)
+    check_data(network, source)
+    result = score(network, source.testing())
     console.print(
         f"accuracy {result.accuracy:.2f} %, loss {result.loss:.4f} nats, "
         f"{result.samples:,} samples, {size:,} bytes"
@@ -70,14 +72,13 @@ def report(
     json: JsonOption = None,
 ) -> None:
     """Compare a packed file with the dense model it came from, before ⇒ after."""
-    check_json(json)
-    if html is not None:
-        check_writable(html)
+    prepare(json, html)
     network = trained_model(model, weights)
     small = load(packed, build_model(model), trainable=True)
     table = None if sensitivity is None else Sensitivity.load(sensitivity)
-    loader = load_dataset(dataset, data).testing()
-    result = make_report(network, small, loader, sensitivity=table)
+    source = load_dataset(dataset, data)
+    check_data(network, source)
+    result = make_report(network, small, source.testing(), sensitivity=table)
     console.print(str(result))
     if html is not None:
         result.html(html)
@@ -88,6 +89,6 @@ def report(
 @app.command()
 def versions(json: JsonOption = None) -> None:
     """Print what is installed, for bug reports."""
-    check_json(json)
+    prepare(json)
     console.print(show_versions())
     emit(json, dict(all_versions()))

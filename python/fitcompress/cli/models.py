@@ -10,10 +10,25 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from fitcompress.data import Dataset
 from fitcompress.errors import DataError, FormatError, PlanMismatchError
+from fitcompress.model.modes import evaluating
 from fitcompress.zoo import BUILT_IN
 
-__all__ = ["build_model", "load_checkpoint", "trained_model"]
+__all__ = ["build_model", "check_data", "load_checkpoint", "trained_model"]
+
+# What reading a damaged checkpoint may raise.
+UNREADABLE = (
+    safetensors.SafetensorError,
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def build_model(name: str) -> nn.Module:
@@ -29,20 +44,23 @@ def build_model(name: str) -> nn.Module:
         return BUILT_IN[name]()
     module, _, factory = name.partition(":")
     if not factory:
+        msg = "unknown model"
         raise DataError(
-            "unknown model",
+            msg,
             got=name,
             wanted=f"{', '.join(sorted(BUILT_IN))}, or package.module:factory",
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
         model = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise DataError("the model cannot be found", got=str(error), wanted=name) from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        msg = "the model cannot be made"
+        raise DataError(msg, got=str(error), wanted=name) from error
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
-        raise DataError(f"{name} returned no module", got=type(model).__name__)
+        msg = f"{name} returned no module"
+        raise DataError(msg, got=type(model).__name__)
     return model
 
 
@@ -62,16 +80,20 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
+        msg = f"{path} is no checkpoint that can be read safely"
         raise FormatError(
-            f"{path} is no checkpoint that can be read safely",
-            got=str(error).splitlines()[0][:200],
+            msg,
+            got=" ".join(str(error).split())[:200] or type(error).__name__,
             wanted=".safetensors, or a torch file of tensors",
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise FormatError(f"{path} holds no state dict", got=type(state).__name__)
+    if not isinstance(state, dict) or not all(
+        torch.is_tensor(v) for v in state.values()
+    ):
+        msg = f"{path} holds no state dict"
+        raise FormatError(msg, got=type(state).__name__)
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -86,9 +108,29 @@ def trained_model(name: str, weights: Path) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        msg = f"{weights} does not fit model {name}"
         raise PlanMismatchError(
-            f"{weights} does not fit model {name}",
+            msg,
             got="; ".join(str(error).splitlines()[1:3])[:300],
             fix="name the model that the checkpoint was saved from",
         ) from error
     return model.eval()
+
+
+def check_data(model: nn.Module, source: Dataset) -> None:
+    """Raise if ``model`` does not run on the data.
+
+    Raises:
+        DataError: It does not.
+    """
+    x = source.test[0][:1]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(x)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        msg = f"the model does not run on the inputs of {source.name}"
+        raise DataError(
+            msg,
+            got=f"{tuple(x.shape)}: {' '.join(str(error).split())[:200]}",
+            fix="name the data set that the model was made for",
+        ) from error

@@ -17,22 +17,25 @@ from fitcompress.cli.app import (
     SizeOption,
     WeightsOption,
     app,
-    check_json,
     console,
+    defaults,
     emit,
+    prepare,
 )
-from fitcompress.cli.models import trained_model
+from fitcompress.cli.models import check_data, trained_model
 from fitcompress.data import load_dataset
-from fitcompress.files import check_writable
 from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.search import Budget
 from fitcompress.search import pareto as make_front
 from fitcompress.search import search as find_plan
+from fitcompress.search.problem import Family
 from fitcompress.search.selection import Method
 from fitcompress.sensitivity.measurement import measure as measure_sensitivity
 from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["MethodName", "make_method", "measure", "pareto", "search"]
+
+MEASURE = defaults(measure_sensitivity)
 
 SensitivityArgument = Annotated[Path, typer.Argument(help="What `measure` wrote.")]
 
@@ -53,6 +56,11 @@ class FamilyName(str, Enum):
     any = "any"
 
 
+FAMILIES: dict[FamilyName, Family] = {
+    FamilyName.step: "step",
+    FamilyName.bits: "bits",
+    FamilyName.any: "any",
+}
 FamilyOption = Annotated[
     FamilyName | None,
     typer.Option("--grids", help="Default: step for a size, bits for BOPs."),
@@ -66,6 +74,10 @@ def make_method(name: MethodName) -> Method:
     return PathSearch(mode="beam" if name is MethodName.path else "greedy")
 
 
+def _family(name: FamilyName | None) -> Family | None:
+    return None if name is None else FAMILIES[name]
+
+
 @app.command()
 def measure(
     model: ModelOption,
@@ -73,18 +85,24 @@ def measure(
     dataset: DatasetOption,
     out: OutOption = Path("sensitivity.safetensors"),
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Samples for the Fisher moments.")] = 512,
+    samples: Annotated[
+        int, typer.Option(help="Samples for the Fisher moments.")
+    ] = MEASURE["samples"],
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Measure how much the loss rises for every level of every layer."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
+    check_data(network, source)
     checkpoint = out.with_name(out.name + ".partial")
     table = measure_sensitivity(
-        network, source.calibration(seed), samples=samples, seed=seed, checkpoint=checkpoint
+        network,
+        source.calibration(seed),
+        samples=samples,
+        seed=seed,
+        checkpoint=checkpoint,
     )
     table.save(out)
     view = Table(title="Fisher traces")
@@ -96,7 +114,9 @@ def measure(
         view.add_row(name, f"{table.sizes[i]:,}", f"{table.fisher_trace[i]:.4g}", error)
     console.print(view)
     levels = table.distortion.shape[1] * table.distortion.shape[2]
-    console.print(f"{table.samples} samples, loss {table.loss:.4f}, {levels} levels a layer")
+    console.print(
+        f"{table.samples} samples, loss {table.loss:.4f}, {levels} levels a layer"
+    )
     console.print(f"wrote {out}")
     traces = dict(zip(table.names, table.fisher_trace.tolist(), strict=True))
     emit(json, {"samples": table.samples, "loss": table.loss, "fisher_trace": traces})
@@ -106,19 +126,21 @@ def measure(
 def search(
     sensitivity: SensitivityArgument,
     size: SizeOption = None,
-    bops: Annotated[str | None, typer.Option(help='Bit operations: "10%" or a number.')] = None,
+    bops: Annotated[
+        str | None, typer.Option(help='Bit operations: "10%" or a number.')
+    ] = None,
     out: OutOption = Path("plan.json"),
-    method: Annotated[MethodName, typer.Option(help="How to search.")] = MethodName.lagrangian,
+    method: Annotated[
+        MethodName, typer.Option(help="How to search.")
+    ] = MethodName.lagrangian,
     grids: FamilyOption = None,
     json: JsonOption = None,
 ) -> None:
     """Find the level of every layer under a budget."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     budget = Budget(size=size, bops=bops)
     table = Sensitivity.load(sensitivity)
-    family = None if grids is None else grids.value
-    plan = find_plan(table, budget, method=make_method(method), family=family)
+    plan = find_plan(table, budget, method=make_method(method), family=_family(grids))
     plan.save(out)
     view = Table(title="Plan")
     view.add_column("layer")
@@ -148,21 +170,22 @@ def search(
 @app.command()
 def pareto(
     sensitivity: SensitivityArgument,
-    points: Annotated[int, typer.Option(help="Plans to list.")] = 20,
+    points: Annotated[int, typer.Option(min=1, help="Plans to list.")] = 20,
     grids: FamilyOption = None,
     json: JsonOption = None,
 ) -> None:
     """List plans along the whole front of size against predicted loss."""
-    check_json(json)
+    prepare(json)
     table = Sensitivity.load(sensitivity)
-    family = None if grids is None else grids.value
-    plans = make_front(table, family=family, points=points)
+    plans = make_front(table, family=_family(grids), points=points)
     view = Table(title="Front")
     for column in ("bytes", "% of float32", "BOPs", "predicted loss rise, nats"):
         view.add_column(column, justify="right")
     for plan in plans:
         share = f"{100 * plan.size_bytes / table.dense_bytes:.2f}"
-        view.add_row(f"{plan.size_bytes:,}", share, f"{plan.bops:.3g}", f"{plan.distortion:.4g}")
+        view.add_row(
+            f"{plan.size_bytes:,}", share, f"{plan.bops:.3g}", f"{plan.distortion:.4g}"
+        )
     console.print(view)
     rows = [{"size_bytes": p.size_bytes, "distortion": p.distortion} for p in plans]
     emit(json, {"front": rows})

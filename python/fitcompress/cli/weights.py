@@ -1,8 +1,9 @@
 """Commands that make weights: compress, apply, finetune, pack, unpack."""
 
 import time
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import safetensors.torch
 import typer
@@ -17,15 +18,16 @@ from fitcompress.cli.app import (
     SeedOption,
     WeightsOption,
     app,
-    check_json,
     console,
+    defaults,
     emit,
+    prepare,
 )
-from fitcompress.cli.models import build_model, trained_model
+from fitcompress.cli.models import build_model, check_data, trained_model
 from fitcompress.compensate import apply as apply_plan
 from fitcompress.compression import compress as compress_model
-from fitcompress.data import load_dataset
-from fitcompress.files import check_writable, write_atomically
+from fitcompress.data import Dataset, load_dataset
+from fitcompress.files import write_atomically
 from fitcompress.model.costs import dense_bytes
 from fitcompress.search import Budget, Plan
 from fitcompress.storage.save_load import load, read, save
@@ -33,6 +35,20 @@ from fitcompress.train import finetune as train_model
 
 __all__ = ["apply", "compress", "finetune", "pack", "unpack"]
 
+TUNE = defaults(train_model)
+APPLY = defaults(apply_plan)
+COMPRESS = defaults(compress_model)
+LOADER = defaults(Dataset.training)
+
+
+class NormMode(str, Enum):
+    """What fine-tuning does with the statistics of norms."""
+
+    frozen = "frozen"
+    batch = "batch"
+
+
+NORMS = NormMode(TUNE["norms"])
 SMALL = Path("small.safetensors")
 SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration inputs.")]
 PlanArgument = Annotated[Path, typer.Argument(help="What `search` wrote.")]
@@ -47,17 +63,18 @@ def compress(
     size: Annotated[str, typer.Option(help='Bytes of the file: "5%", "40KB", …')],
     out: OutOption = SMALL,
     data: DataOption = None,
-    samples: SamplesOption = 1024,
-    seed: SeedOption = 0,
+    samples: SamplesOption = COMPRESS["samples"],
+    seed: SeedOption = COMPRESS["seed"],
     json: JsonOption = None,
 ) -> None:
     """Measure, search and apply in one go: no labels, no training."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     start = time.monotonic()
     budget = Budget(size=size)
     network = trained_model(model, weights)
-    loader = load_dataset(dataset, data).calibration(seed)
+    source = load_dataset(dataset, data)
+    check_data(network, source)
+    loader = source.calibration(seed)
     small = compress_model(network, loader, budget, samples=samples, seed=seed)
     _store(network, small, out, json, start)
 
@@ -70,17 +87,18 @@ def apply(
     dataset: DatasetOption,
     out: OutOption = SMALL,
     data: DataOption = None,
-    samples: SamplesOption = 1024,
+    samples: SamplesOption = APPLY["samples"],
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Put a plan's levels on a model, errors compensated, and write the packed file."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     start = time.monotonic()
     chosen = Plan.load(plan)
     network = trained_model(model, weights)
-    loader = load_dataset(dataset, data).calibration(seed)
+    source = load_dataset(dataset, data)
+    check_data(network, source)
+    loader = source.calibration(seed)
     checkpoint = out.with_name(out.name + ".partial")
     small = apply_plan(network, chosen, loader, samples=samples, checkpoint=checkpoint)
     _store(network, small, out, json, start)
@@ -94,31 +112,40 @@ def finetune(
     dataset: DatasetOption,
     out: OutOption = Path("tuned.safetensors"),
     data: DataOption = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
-    seed: SeedOption = 0,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the training data.")
+    ] = TUNE["epochs"],
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TUNE["lr"],
+    norms: Annotated[
+        NormMode, typer.Option(help="Statistics of norms: fixed, or of each batch.")
+    ] = NORMS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = LOADER[
+        "batch_size"
+    ],
+    seed: SeedOption = TUNE["seed"],
     json: JsonOption = None,
 ) -> None:
     """Train the weights of a packed file on their grids, within its budget."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     start = time.monotonic()
     teacher = trained_model(model, weights)
     small = load(packed, build_model(model), trainable=True)
     source = load_dataset(dataset, data)
-    options = {} if lr is None else {"lr": lr}
-    train_model(
+    check_data(teacher, source)
+    result = train_model(
         small,
         source.training(batch_size, seed),
         epochs=epochs,
         teacher=teacher,
         validation=source.validating(),
+        lr=lr,
+        norms="batch" if norms is NormMode.batch else "frozen",
         checkpoint=out.with_name(out.name + ".partial"),
         seed=seed,
-        **options,
     )
-    _store(teacher, small, out, json, start)
+    console.print(str(result))
+    values = {"divergence_before": result.before, "divergence_after": result.after}
+    _store(teacher, small, out, json, start, **values, kept=result.kept)
 
 
 @app.command()
@@ -130,8 +157,7 @@ def pack(
     json: JsonOption = None,
 ) -> None:
     """Round weights to a plan's levels and write the packed file; needs no data."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     start = time.monotonic()
     chosen = Plan.load(plan)
     network = trained_model(model, weights)
@@ -145,22 +171,31 @@ def unpack(
     json: JsonOption = None,
 ) -> None:
     """Write the weights of a packed file as a plain .safetensors checkpoint."""
-    check_writable(out)
-    check_json(json)
+    prepare(json, out)
     content = read(packed)
     state = {key: value.contiguous().clone() for key, value in content.state().items()}
     write_atomically(out, safetensors.torch.save(state))
     size = out.stat().st_size
     console.print(f"{content.size_bytes:,} ⇒ {size:,} bytes, {len(state)} tensors")
     console.print(f"wrote {out}")
-    emit(json, {"bytes_packed": content.size_bytes, "bytes": size, "tensors": len(state)})
+    emit(
+        json, {"bytes_packed": content.size_bytes, "bytes": size, "tensors": len(state)}
+    )
 
 
 def _store(
-    network: nn.Module, small: nn.Module, out: Path, json: Path | None, start: float
+    network: nn.Module,
+    small: nn.Module,
+    out: Path,
+    json: Path | None,
+    start: float,
+    **more: Any,
 ) -> None:
     size, dense = save(small, out), dense_bytes(network)
     seconds = time.monotonic() - start
-    console.print(f"{dense:,} ⇒ {size:,} bytes ({100 * size / dense:.2f} %), {seconds:.1f} s")
+    console.print(
+        f"{dense:,} ⇒ {size:,} bytes ({100 * size / dense:.2f} %), {seconds:.1f} s"
+    )
     console.print(f"wrote {out}")
-    emit(json, {"bytes_before": dense, "bytes_after": size, "seconds": seconds})
+    values = {"bytes_before": dense, "bytes_after": size, "seconds": seconds}
+    emit(json, values | more)

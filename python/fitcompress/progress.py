@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -28,10 +30,10 @@ LINES = 10.0  # seconds between lines where there is no terminal
 
 
 class Bar:
-    """One task's progress on the standard error stream.
+    """One task's progress on the standard error stream; use it as a context manager.
 
     On a terminal a bar with elapsed and remaining time appears after a second; elsewhere
-    a line is printed every ten seconds. A disabled bar counts and shows nothing.
+    a line is written every ten seconds. A disabled bar counts and shows nothing.
 
     Args:
         title: What is being done.
@@ -43,7 +45,7 @@ class Bar:
         self.title, self.total, self.done = title, total, 0
         self._enabled = enabled
         self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._progress: Progress | None = None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -58,7 +60,8 @@ class Bar:
             self._draw(note)
         elif now - self._last >= LINES:
             self._last = now
-            print(self._line(now, note), file=sys.stderr, flush=True)
+            sys.stderr.write(self._line(now, note) + "\n")
+            sys.stderr.flush()
 
     def _line(self, now: float, note: str) -> str:
         spent = now - self._start
@@ -71,18 +74,22 @@ class Bar:
     def _draw(self, note: str) -> None:
         if self._progress is None:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
+                # What the caller prints belongs to the standard output all the same.
+                redirect_stdout=False,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self.title, total=self.total, note=note)
+            self._task = self._progress.add_task(
+                self.title, total=self.total, note=note
+            )
         self._progress.update(self._task, completed=self.done, note=note)
 
     def __enter__(self) -> Bar:
@@ -94,15 +101,16 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._progress is not None:
+        if self._progress is not None:  # shows the cursor again
             self._progress.stop()
+            self._progress = None
 
 
 def track(
     items: Iterable[T], title: str, total: int | None = None, *, enabled: bool = True
 ) -> Iterator[T]:
     """Yield ``items`` and show how far the loop is."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Bar(title, total, enabled=enabled) as bar:
         for item in items:

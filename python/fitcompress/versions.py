@@ -10,7 +10,10 @@ import torch
 
 __all__ = ["__version__", "show_versions", "versions"]
 
-__version__ = metadata.version("fitcompress")
+try:
+    __version__ = metadata.version("fitcompress")
+except metadata.PackageNotFoundError:  # run from the sources, not installed
+    __version__ = "0+unknown"
 
 
 def versions() -> dict[str, str]:

@@ -32,8 +32,8 @@ LINES = 10.0  # seconds between lines where there is no terminal
 class Bar:
     """One task's progress on the standard error stream; use it as a context manager.
 
-    On a terminal a bar with elapsed and remaining time appears after a second; elsewhere
-    a line is written every ten seconds. A disabled bar counts and shows nothing.
+    On a terminal a bar with elapsed and remaining time appears after a second;
+    elsewhere a line is written every ten seconds. A disabled bar only counts.
 
     Args:
         title: What is being done.

@@ -41,8 +41,7 @@ def evaluate(
     """Score a dense checkpoint or a packed file on the test set."""
     prepare(json)
     if (weights is None) == (packed is None):
-        msg = "nothing to evaluate"
-        raise DataError(msg, wanted="either --weights or --packed")
+        raise DataError("nothing to evaluate", wanted="either --weights or --packed")
     if packed is not None:
         network = load(packed, build_model(model))
         size = packed.stat().st_size

@@ -44,9 +44,8 @@ def build_model(name: str) -> nn.Module:
         return BUILT_IN[name]()
     module, _, factory = name.partition(":")
     if not factory:
-        msg = "unknown model"
         raise DataError(
-            msg,
+            "unknown model",
             got=name,
             wanted=f"{', '.join(sorted(BUILT_IN))}, or package.module:factory",
         )
@@ -54,13 +53,13 @@ def build_model(name: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        msg = "the model cannot be made"
-        raise DataError(msg, got=str(error), wanted=name) from error
+        raise DataError(
+            "the model cannot be made", got=str(error), wanted=name
+        ) from error
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
-        msg = f"{name} returned no module"
-        raise DataError(msg, got=type(model).__name__)
+        raise DataError(f"{name} returned no module", got=type(model).__name__)
     return model
 
 
@@ -81,9 +80,8 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             return dict(safetensors.torch.load_file(path))
         state = torch.load(path, weights_only=True, map_location="cpu")
     except UNREADABLE as error:
-        msg = f"{path} is no checkpoint that can be read safely"
         raise FormatError(
-            msg,
+            f"{path} is no checkpoint that can be read safely",
             got=" ".join(str(error).split())[:200] or type(error).__name__,
             wanted=".safetensors, or a torch file of tensors",
         ) from error
@@ -92,8 +90,7 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(
         torch.is_tensor(v) for v in state.values()
     ):
-        msg = f"{path} holds no state dict"
-        raise FormatError(msg, got=type(state).__name__)
+        raise FormatError(f"{path} holds no state dict", got=type(state).__name__)
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -108,9 +105,8 @@ def trained_model(name: str, weights: Path) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        msg = f"{weights} does not fit model {name}"
         raise PlanMismatchError(
-            msg,
+            f"{weights} does not fit model {name}",
             got="; ".join(str(error).splitlines()[1:3])[:300],
             fix="name the model that the checkpoint was saved from",
         ) from error
@@ -128,9 +124,8 @@ def check_data(model: nn.Module, source: Dataset) -> None:
         with evaluating(model), torch.no_grad():
             model(x)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        msg = f"the model does not run on the inputs of {source.name}"
         raise DataError(
-            msg,
+            f"the model does not run on the inputs of {source.name}",
             got=f"{tuple(x.shape)}: {' '.join(str(error).split())[:200]}",
             fix="name the data set that the model was made for",
         ) from error

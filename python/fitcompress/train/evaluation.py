@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
+import torch.nn.functional as F
 
 from fitcompress.data.batches import take
 from fitcompress.errors import DataError, NonFiniteError
@@ -65,12 +65,11 @@ def evaluate(
             labels = _labels(to_device(y, device), out)
             out = out.reshape(-1, out.shape[-1])
             right += int((out.argmax(-1) == labels).sum())
-            loss += float(functional.cross_entropy(out, labels, reduction="sum"))
+            loss += float(F.cross_entropy(out, labels, reduction="sum"))
             samples += labels.numel()
     if not math.isfinite(loss):
-        msg = "the loss is not finite"
         raise NonFiniteError(
-            msg,
+            "the loss is not finite",
             got=loss,
             fix="look for NaN in the data and the weights",
         )
@@ -109,16 +108,15 @@ def divergence(
         for x, _ in track(take(loader, samples), "compare", length, enabled=progress):
             p, q = check_logits(dense(x.to(places[0]))), small(x.to(places[1]))
             if check_logits(q).shape != p.shape:
-                msg = "the two models have different outputs"
                 raise DataError(
-                    msg,
+                    "the two models have different outputs",
                     got=tuple(q.shape),
                     wanted=tuple(p.shape),
                     fix="compare a compressed model with the one it was made from",
                 )
             p = p.to(q.device).float().log_softmax(-1)
             q = q.float().log_softmax(-1)
-            total += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
+            total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
             count += p.numel() // p.shape[-1]
     return total / count
 
@@ -131,9 +129,8 @@ def check_logits(out: Any) -> torch.Tensor:
     """
     if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
         return out
-    msg = "the model's output cannot be used as logits"
     raise DataError(
-        msg,
+        "the model's output cannot be used as logits",
         got=tuple(out.shape) if torch.is_tensor(out) else type(out).__name__,
         wanted="a float tensor [samples, …, classes]",
         fix="wrap the model so that it returns its logits",
@@ -145,16 +142,14 @@ def _labels(y: Any, out: torch.Tensor) -> torch.Tensor:
     classes = out.shape[-1]
     if not torch.is_tensor(y) or y.is_floating_point() or y.shape != out.shape[:-1]:
         got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
-        msg = "evaluation needs labels"
         raise DataError(
-            msg,
+            "evaluation needs labels",
             got="none" if y is None else got,
             wanted=f"(inputs, labels) with whole numbers {tuple(out.shape[:-1])}",
         )
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        msg = "a label is no class of the model"
         raise DataError(
-            msg,
+            "a label is no class of the model",
             got=f"{int(y.min())} … {int(y.max())}",
             wanted=f"0 … {classes - 1}",
             fix="use the data set that the model was trained for",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn import functional
+import torch.nn.functional as F
 
 from fitcompress.data.batches import split_batch, take
 from fitcompress.errors import (
@@ -139,8 +139,9 @@ def finetune(
         OutputError: The checkpoint cannot be written.
     """
     if teacher is None and loss_fn is None:
-        msg = "nothing to train for"
-        raise DataError(msg, wanted="a teacher, a loss function, or both")
+        raise DataError(
+            "nothing to train for", wanted="a teacher, a loss function, or both"
+        )
     _check_options(epochs, lr, norms)
     plan = plan_of(small)
     if checkpoint is not None:
@@ -175,14 +176,15 @@ def finetune(
 
 def _check_options(epochs: int, lr: float, norms: str) -> None:
     if epochs < 1:
-        msg = "there is nothing to train"
-        raise OptionError(msg, got=f"epochs={epochs}", wanted="≥ 1")
+        raise OptionError(
+            "there is nothing to train", got=f"epochs={epochs}", wanted="≥ 1"
+        )
     if not (0 < lr < math.inf):
-        msg = "the learning rate must be positive"
-        raise OptionError(msg, got=f"lr={lr}")
+        raise OptionError("the learning rate must be positive", got=f"lr={lr}")
     if norms not in ("frozen", "batch"):
-        msg = "unknown norms"
-        raise OptionError(msg, got=repr(norms), wanted="'frozen' or 'batch'")
+        raise OptionError(
+            "unknown norms", got=repr(norms), wanted="'frozen' or 'batch'"
+        )
 
 
 class _Trainer:
@@ -205,8 +207,7 @@ class _Trainer:
         counted = length_of(loader)
         self.batches = sum(1 for _ in loader) if counted is None else counted
         if not self.batches:
-            msg = "the loader yields no batch"
-            raise EmptyLoaderError(msg, wanted="training data")
+            raise EmptyLoaderError("the loader yields no batch", wanted="training data")
         self.total = epochs * self.batches
         self.rate = RateControl(small, limit)
         self.norms: list[nn.modules.batchnorm._BatchNorm] = []  # with batch statistics
@@ -284,9 +285,8 @@ class _Trainer:
         loss = self._loss(x.to(self.device), to_device(y, self.device))
         value = float(loss.detach())
         if not math.isfinite(value):
-            msg = "the training loss is not finite"
             raise NonFiniteError(
-                msg,
+                "the training loss is not finite",
                 got=f"{value} at step {step}",
                 fix="lower the learning rate, or look for NaN in the data",
             )
@@ -300,7 +300,7 @@ class _Trainer:
             with torch.no_grad():
                 wanted = check_logits(self.teacher(x)).float() / TEMPERATURE
             found = check_logits(out).float() / TEMPERATURE
-            soft = functional.kl_div(
+            soft = F.kl_div(
                 found.log_softmax(-1),
                 wanted.log_softmax(-1),
                 log_target=True,

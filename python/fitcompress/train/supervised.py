@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
+import torch.nn.functional as F
 
 from fitcompress.progress import Bar
 
@@ -45,7 +45,7 @@ def train(
             loader.epoch = epoch
             for x, y in loader:
                 assert y is not None
-                loss = functional.cross_entropy(model(x), y)
+                loss = F.cross_entropy(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -37,8 +37,8 @@ def compress(
     """Return a compressed copy of ``model`` under ``budget``: no labels, no training.
 
     The same as :func:`measure` with labels sampled from the model, :func:`search` and
-    :func:`apply` with calibration. Where a fixed-point plan turns out a little larger in
-    the file than predicted, the search is repeated with that much less.
+    :func:`apply` with calibration. Where a fixed-point plan turns out a little larger
+    in the file than predicted, the search is repeated with that much less.
 
     Args:
         model: The trained network; unchanged.
@@ -59,14 +59,17 @@ def compress(
     Example:
         >>> import torch, fitcompress as fc
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
-        >>> small = fc.compress(net, [torch.randn(64, 64)], fc.Budget(size="20%"), progress=False)
+        >>> budget = fc.Budget(size="20%")
+        >>> small = fc.compress(net, [torch.randn(64, 64)], budget, progress=False)
     """
     half = None if samples is None else max(1, samples // 2)
     table = measure(model, loader, samples=half, seed=seed, progress=progress)
     tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
-        if budget.kind == "size":  # what counts is the user's bound, not the tightened one
+        if (
+            budget.kind == "size"
+        ):  # what counts is the user's bound, not the tightened one
             plan = replace(plan, limit_bytes=budget.size_bytes(table.dense_bytes))
         try:
             return apply(model, plan, loader, samples=samples, progress=progress)
@@ -74,7 +77,10 @@ def compress(
             if attempt == RETRIES:
                 raise
             allowed = budget.size_bytes(table.dense_bytes)
-            # Below what the search believed the file to be, or it would find the same plan.
+            # Below what the search believed the file to be, or it would find the same
+            # plan.
             believed = min(plan.size_bytes, tightened.size_bytes(table.dense_bytes))
-            tightened = Budget(size=int(believed * min(0.995, allowed / error.size_bytes)))
+            tightened = Budget(
+                size=int(believed * min(0.995, allowed / error.size_bytes))
+            )
     raise AssertionError

@@ -27,7 +27,10 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.is_dir():
         raise OutputError(
-            f"cannot write {path}", got="a folder", wanted="a file name", fix="name a file inside it"
+            f"cannot write {path}",
+            got="a folder",
+            wanted="a file name",
+            fix="name a file inside it",
         )
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fitcompress-"):
@@ -45,8 +48,9 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one.
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, and are
-    renamed over ``path``; a kill at any time leaves no half-written file under that name.
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and
+    are renamed over ``path``; a kill at any time leaves no half-written file under that
+    name.
 
     Args:
         path: The file to write.

@@ -17,8 +17,8 @@ __all__ = ["threads"]
 def threads(count: int) -> Iterator[None]:
     """Run a block with ``count`` torch threads and restore the former number.
 
-    Float64 factorisations split their sums by the number of threads, so the last bits of
-    a Cholesky factor, and with them now and then a code, would depend on it.
+    Float64 factorisations split their sums by the number of threads, so the last bits
+    of a Cholesky factor, and with them now and then a code, would depend on it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""Second-order compensation: later weights absorb the rounding errors of earlier ones."""
+"""Second-order compensation: later weights absorb the errors of earlier ones."""
 
 from fitcompress.compensate.compressor import apply
 

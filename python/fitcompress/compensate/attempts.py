@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors
@@ -14,6 +13,7 @@ from fitcompress.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     import torch
 

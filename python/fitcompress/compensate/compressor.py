@@ -11,9 +11,9 @@ import torch
 
 from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
-from fitcompress.compensate.size_fit import entropy_bits, fit
 from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.masks import magnitude_mask
+from fitcompress.compensate.size_fit import entropy_bits, fit
 from fitcompress.compensate.statistics import check_reached, second_moments
 from fitcompress.compensate.sweep import compensated_codes
 from fitcompress.data.batches import take
@@ -31,7 +31,6 @@ from fitcompress.quantize import (
     round_leftovers_,
     row_scales,
 )
-from fitcompress.search.plan import Level, Plan
 from fitcompress.sensitivity.table import Grid
 
 if TYPE_CHECKING:
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
+
+    from fitcompress.search.plan import Level, Plan
 
 __all__ = ["Compressor", "apply"]
 
@@ -55,9 +56,9 @@ def apply(
     """Return a compressed copy of ``model`` with every layer at its level of ``plan``.
 
     With calibration data, each layer's rounding errors are compensated by its later
-    weights and by the layers that follow (see ``compensate.sweep``); without, weights are
-    rounded to the nearest level, which costs far more accuracy. Norms are folded to two
-    numbers per channel and, like biases, rounded to 16 bits.
+    weights and by the layers that follow (see ``compensate.sweep``); without, weights
+    are rounded to the nearest level, which costs far more accuracy. Norms are folded to
+    two numbers per channel and, like biases, rounded to 16 bits.
 
     If the plan bounds the bytes of the file, all entropy-coded steps are scaled by one
     factor until the packed file uses the budget and does not exceed it.
@@ -82,7 +83,12 @@ def apply(
         CalibrationError: A layer is never reached.
     """
     compressor = Compressor(
-        model, plan, calibrate, samples=samples, checkpoint=checkpoint, progress=progress
+        model,
+        plan,
+        calibrate,
+        samples=samples,
+        checkpoint=checkpoint,
+        progress=progress,
     )
     small = fit(compressor, plan)
     compressor.attempts.forget()
@@ -150,7 +156,9 @@ class Compressor:
         assert self.batches is not None
         layers = {layer.name: layer for layer in self.layers}
         modules = dict(small.named_modules())
-        dense = Lockstep(self.model, {n: x.module for n, x in layers.items()}, self.batches)
+        dense = Lockstep(
+            self.model, {n: x.module for n, x in layers.items()}, self.batches
+        )
         now = Lockstep(small, {n: modules[n] for n in layers}, self.batches)
         with dense, now:
             for _ in layers:
@@ -180,7 +188,9 @@ class Compressor:
         mask = magnitude_mask(matrix, level.sparsity)
         shaped = None if mask is None else mask.reshape(layer.shape)
         weight = codes.float() * scale.reshape(-1, 1)
-        attach_grid(small.get_submodule(layer.name), WeightGrid(scale, q, shaped), weight)
+        attach_grid(
+            small.get_submodule(layer.name), WeightGrid(scale, q, shaped), weight
+        )
 
     def overhead_bytes(self) -> int:
         """Return about what the file takes besides the codes."""
@@ -190,7 +200,11 @@ class Compressor:
         """Return the bits that the coder needs for codes that were merely rounded."""
         levels = self.plan.levels
         return 8.0 * sum(
-            len(_core.encode(self.codes(layer, scaled(levels[layer.name], factor)).numpy()))
+            len(
+                _core.encode(
+                    self.codes(layer, scaled(levels[layer.name], factor)).numpy()
+                )
+            )
             for layer in self.layers
         )
 
@@ -239,5 +253,7 @@ def _inputs(loader: Iterable[Any], samples: int | None) -> list[torch.Tensor]:
 def _digest(plan: Plan, batches: list[torch.Tensor] | None) -> str:
     crc = zlib.crc32(plan.to_json().encode())
     for x in batches or []:
-        crc = zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
+        crc = zlib.crc32(
+            x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc
+        )
     return f"{crc:08x}"

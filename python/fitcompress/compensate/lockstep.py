@@ -1,11 +1,11 @@
 """Forward passes that wait at every layer until its weights are final.
 
-To compensate a layer one needs its inputs in the network compressed so far, and those of
-the dense network. Running the network from the start for every layer would cost a whole
-forward pass each. Here each batch's pass runs in a thread of its own, stops where it
-reaches a compressible layer for the first time, hands the input over, and goes on with the
-new weights once the layer is done: one pass in all, through any control flow. Only one
-thread runs at a time, so nothing depends on timing.
+To compensate a layer one needs its inputs in the network compressed so far, and those
+of the dense network. Running the network from the start for every layer would cost a
+whole forward pass each. Here each batch's pass runs in a thread of its own, stops where
+it reaches a compressible layer for the first time, hands the input over, and goes on
+with the new weights once the layer is done: one pass in all, through any control flow.
+Only one thread runs at a time, so nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Lockstep"]
 
 
 class _AbandonedError(BaseException):
-    """Ends a pass whose result nobody waits for; not an error that a model may catch."""
+    """Ends a pass whose result nobody waits for; nothing that a model may catch."""
 
 
 class _Pass:
@@ -94,7 +94,10 @@ class Lockstep:
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[torch.Tensor]
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        batches: Iterable[torch.Tensor],
     ) -> None:
         self._model, self._modules, self._batches = model, modules, list(batches)
         self._passes: list[_Pass] = []
@@ -143,7 +146,7 @@ class Lockstep:
         if len(names) > 1:
             raise CalibrationError(
                 "batches take different ways through the model",
-                got=f"layers {', '.join(sorted(str(n) for n in names))} at the same time",
+                got=f"layers {', '.join(sorted(map(str, names)))} at the same time",
                 wanted="the same order of layers for every batch",
                 fix="calibrate with batches of one kind",
             )

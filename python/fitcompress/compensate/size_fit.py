@@ -1,7 +1,8 @@
 """Scale the steps of a plan until the packed file uses its budget.
 
 The size of the file falls smoothly with the steps. Rounded codes tell the shape of that
-curve at next to no cost; each compensated attempt, which is expensive, corrects its level.
+curve at next to no cost; each compensated attempt, which is expensive, corrects its
+level.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ WIDEST = 64.0  # largest factor on the steps, either way
 
 def entropy_bits(codes: torch.Tensor) -> float:
     """Return n times the order-0 entropy of integer codes, in bits."""
-    counts = codes.flatten().unique(return_counts=True)[1].double()
+    _, found = torch.unique(codes, return_counts=True)
+    counts = found.double()
     return float((counts * (counts.sum() / counts).log2()).sum())
 
 
@@ -55,7 +57,9 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
             break  # the widest there is, or nothing left between two neighbours
         small = compressor.at(factor)
         size = len(packed_bytes(small))
-        logger.info("attempt %d: factor %.5f, %d of %d bytes", attempt, factor, size, limit)
+        logger.info(
+            "attempt %d: factor %.5f, %d of %d bytes", attempt, factor, size, limit
+        )
         if size <= limit and (best is None or size > best[0]):
             best = (size, small)
         if (1 - TOLERANCE) * limit <= size <= limit or not scalable:
@@ -97,8 +101,8 @@ class _FactorSearch:
         aim = self._limit * (1 - TOLERANCE / 2)
         if len(self._tried) == 1:
             return self._solve((aim - self._overhead) / self._ratio)
-        # log size falls about linearly with log factor: through the two files nearest to
-        # the limit, one on each side of it if there are such.
+        # log size falls about linearly with log factor: through the two files nearest
+        # to the limit, one on each side of it if there are such.
         nearest = sorted(self._tried, key=lambda t: abs(math.log(t[1] / self._limit)))
         first = nearest[0]
         over = first[1] > self._limit
@@ -111,7 +115,9 @@ class _FactorSearch:
         width = math.log(high / low)
         bracketed = large > self._limit >= small
         step = min(max(step, 0.05 * width), 0.95 * width) if bracketed else step
-        return low * math.exp(min(max(step, -2 * math.log(WIDEST)), 2 * math.log(WIDEST)))
+        return low * math.exp(
+            min(max(step, -2 * math.log(WIDEST)), 2 * math.log(WIDEST))
+        )
 
     def tell(self, factor: float, size: int) -> None:
         """Learn the size of the file at ``factor``."""

@@ -75,7 +75,10 @@ def second_moments(
         NonFiniteError: An input of the layer is NaN or infinite.
     """
     shape = (layer.groups, layer.columns, layer.columns)
-    h, c = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    h, c = (
+        torch.zeros(shape, dtype=torch.float64),
+        torch.zeros(shape, dtype=torch.float64),
+    )
     rows, skip = 0, _skip(layer, dense)
     for number, (x_dense, x_now) in enumerate(zip(dense, compressed, strict=True)):
         offset = number % skip
@@ -97,9 +100,10 @@ def second_moments(
 
 def _skip(layer: Layer, inputs: list[torch.Tensor]) -> int:
     """Return 2, 4, … if every 2nd, 4th, … position per dimension is plenty, else 1."""
-    if not hasattr(layer.module, "kernel_size"):
+    stride = getattr(layer.module, "stride", None)
+    if stride is None:  # not a convolution
         return 1
-    strides = math.prod(layer.module.stride)
+    strides = math.prod(stride)
     positions = sum(len(x) * math.prod(x.shape[2:]) for x in inputs) // strides
     dims, skip = inputs[0].dim() - 2, 1
     while positions // (2 * skip) ** dims >= max(ENOUGH_ROWS, 64 * layer.columns):

@@ -1,7 +1,8 @@
 """Quantize one layer so that later columns absorb the errors of earlier ones.
 
-After Frantar, Singh, Alistarh 2022 (OBC, arXiv 2208.11580) and Frantar et al. 2022 (GPTQ,
-arXiv 2210.17323), with unbounded entropy-coded levels as well as fixed-point ones:
+After Frantar, Singh, Alistarh 2022 (OBC, arXiv 2208.11580) and Frantar et al. 2022
+(GPTQ, arXiv 2210.17323), with unbounded entropy-coded levels as well as fixed-point
+ones:
 
 1. target  W* = W (C + δI)(H + δI)⁻¹: what repairs the errors of the layers before;
 2. U, the upper Cholesky factor of (H + δI)⁻¹, columns in falling order of H_jj;
@@ -70,7 +71,11 @@ def compensated_codes(
             target, factor, order = _prepare(weights[g], h[g], c[g], damping, name)
         ordered_mask = None if own_mask is None else own_mask[:, order].contiguous()
         swept = ops.error_feedback_sweep(
-            target[:, order].contiguous(), factor, own_scale.contiguous(), ordered_mask, max_code
+            target[:, order].contiguous(),
+            factor,
+            own_scale.contiguous(),
+            ordered_mask,
+            max_code,
         )
         codes[g][:, order] = swept
     return codes.reshape(matrix.shape)
@@ -94,7 +99,9 @@ def _prepare(
         if failed:
             logger.warning("layer %s: H is singular, damping raised tenfold", name)
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        upper, failed = torch.linalg.cholesky_ex(
+            torch.cholesky_inverse(lower), upper=True
+        )
         if failed:
             logger.warning("layer %s: H is near singular, damping raised tenfold", name)
             continue
@@ -104,7 +111,7 @@ def _prepare(
         return target, upper.contiguous(), order
     raise CalibrationError(
         f"the input statistics of layer {name!r} cannot be inverted",
-        got=f"a failing Cholesky factorisation at {damping * 10 ** (ATTEMPTS - 1):g} damping",
+        got=f"no Cholesky factor at {damping * 10 ** (ATTEMPTS - 1):g} damping",
         wanted="calibration inputs that are not degenerate",
         fix="calibrate with more, and more varied, samples",
     )

@@ -16,7 +16,7 @@ def random_crop(
     fill: torch.Tensor,
     flip: bool,
 ) -> torch.Tensor:
-    """Return each image shifted by up to ``padding`` pixels, and flipped half of the time.
+    """Return images shifted by up to ``padding`` pixels, half of them flipped.
 
     Args:
         x: Images, [B, C, H, W].

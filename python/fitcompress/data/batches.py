@@ -33,8 +33,10 @@ def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
     )
 
 
-def take(loader: Iterable[Any], samples: int | None) -> Iterator[tuple[torch.Tensor, Any]]:
-    """Yield (inputs, targets) until ``samples`` inputs have come, cutting the last batch.
+def take(
+    loader: Iterable[Any], samples: int | None
+) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield (inputs, targets) until ``samples`` inputs have come, cutting the last.
 
     Raises:
         EmptyLoaderError: The loader yields nothing.
@@ -58,14 +60,16 @@ def take(loader: Iterable[Any], samples: int | None) -> Iterator[tuple[torch.Ten
             "the loader yields no sample",
             got="0 batches",
             wanted="at least one batch of inputs",
-            fix="check the data set, drop_last and whether a generator was already used up",
+            fix="check the data set, drop_last, and whether a generator was used up",
         )
 
 
 def digest(x: torch.Tensor, start: int = 0) -> int:
     """Return the CRC-32 of the values of ``x``, continued from ``start``."""
     flat = x.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"", start)
+    return zlib.crc32(
+        flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"", start
+    )
 
 
 def _cut(y: Any, keep: int) -> Any:

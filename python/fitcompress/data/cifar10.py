@@ -27,8 +27,8 @@ VALIDATION = 2000
 def load_cifar10(folder: str | os.PathLike[str] | None) -> Dataset:
     """Return CIFAR-10 (Krizhevsky 2009), normalised as ImageNet's means prescribe.
 
-    The last 2000 training images are held out for validation. Augmentation: shifts of up
-    to 4 pixels over *black* padding, and flips.
+    The last 2000 training images are held out for validation. Augmentation: shifts of
+    up to 4 pixels over *black* padding, and flips.
 
     Args:
         folder: ``cifar-10-batches-bin`` or the folder around it, with
@@ -40,7 +40,7 @@ def load_cifar10(folder: str | os.PathLike[str] | None) -> Dataset:
     if folder is None:
         raise DataError(
             "CIFAR-10 needs a folder",
-            wanted=f"the folder {FOLDER} of cifar-10-binary.tar.gz, or the one around it",
+            wanted=f"the folder {FOLDER} (binary version), or the one around it",
             fix="pass --data DIR, or set FITCOMPRESS_DATA",
         )
     root = Path(folder)
@@ -74,12 +74,16 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     raw = np.fromfile(path, np.uint8)
     if not len(raw) or len(raw) % RECORD:
         raise DataError(
-            f"{path} is damaged", got=f"{len(raw)} bytes", wanted=f"a multiple of {RECORD}"
+            f"{path} is damaged",
+            got=f"{len(raw)} bytes",
+            wanted=f"a multiple of {RECORD}",
         )
     records = torch.from_numpy(raw.reshape(-1, RECORD))
     labels = records[:, 0].long()
     if int(labels.max()) > 9:
-        raise DataError(f"{path} is damaged", got=f"label {int(labels.max())}", wanted="0 … 9")
+        raise DataError(
+            f"{path} is damaged", got=f"label {int(labels.max())}", wanted="0 … 9"
+        )
     images = records[:, 1:].reshape(-1, 3, 32, 32).float() / 255
     return (images - MEAN) / STD, labels
 

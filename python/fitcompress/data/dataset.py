@@ -38,14 +38,18 @@ class Dataset:
     def training(self, batch_size: int = 128, seed: int = 0) -> Batches:
         """Return shuffled, augmented training batches."""
         return Batches(
-            *self.train, batch_size=batch_size, shuffle=True, augment=self.augment, seed=seed
+            *self.train,
+            batch_size=batch_size,
+            shuffle=True,
+            augment=self.augment,
+            seed=seed,
         )
 
     def calibration(self, seed: int = 0) -> Batches:
-        """Return training batches to calibrate and measure with; augmented as in training.
+        """Return training batches to calibrate and measure with, augmented.
 
-        On plain training images, which the network has memorised, sensitivities come out
-        far too small.
+        On plain training images, which the network has memorised, sensitivities come
+        out far too small.
         """
         return self.training(batch_size=128, seed=seed + 17)
 
@@ -70,7 +74,9 @@ def load_dataset(name: str, folder: str | os.PathLike[str] | None = None) -> Dat
         MissingDependencyError: scikit-learn is needed and not installed.
     """
     if name not in DATASETS:
-        raise DataError("unknown data set", got=name, wanted=" or ".join(sorted(DATASETS)))
+        raise DataError(
+            "unknown data set", got=name, wanted=" or ".join(sorted(DATASETS))
+        )
     return DATASETS[name](folder)
 
 

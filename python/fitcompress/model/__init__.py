@@ -1,6 +1,11 @@
 """What a model consists of: compressible layers, their views as matrices, and costs."""
 
-from fitcompress.model.layers import Layer, check_finite, compressible_layers, fingerprint
+from fitcompress.model.layers import (
+    Layer,
+    check_finite,
+    compressible_layers,
+    fingerprint,
+)
 from fitcompress.model.patches import patches
 
 __all__ = ["Layer", "check_finite", "compressible_layers", "fingerprint", "patches"]

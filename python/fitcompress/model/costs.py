@@ -55,7 +55,7 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def bops(macs: int, weight_bits: float, activation_bits: float = 32) -> int:
-    """Return bit operations, MACs · weight bits · activation bits (float32 = 32 · 32)."""
+    """Return MACs · weight bits · activation bits; float32 is 32 · 32."""
     return round(macs * weight_bits * activation_bits)
 
 
@@ -83,7 +83,7 @@ def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
         if id(module) in grids:
             continue
         norm = isinstance(module, _BatchNorm) and module.running_mean is not None
-        if norm and module.weight is not None:
+        if isinstance(module, _BatchNorm) and norm and module.weight is not None:
             total, tensors = total + 4 * module.weight.numel(), tensors + 1
             continue
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -76,8 +76,8 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
     """Return the layers of ``model`` that can be compressed, in the order of the model.
 
     Linear and 1-, 2- and 3-dimensional convolutions with any stride, padding, dilation
-    and groups. A weight that several modules share is left alone and stays in float, and
-    so do weights with a parametrization such as weight norm, and the projections of
+    and groups. A weight that several modules share is left alone and stays in float,
+    and so do weights with a parametrization such as weight norm, and the projections of
     ``nn.MultiheadAttention``, which are never called as layers.
 
     Args:
@@ -105,14 +105,16 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
         raise NoCompressibleLayerError(
             "the model has no layer that can be compressed",
             got=f"modules of type {', '.join(kinds)}",
-            wanted="at least one Linear, Conv1d, Conv2d or Conv3d with a float weight of its own",
-            fix="pass the network itself, not a wrapper or a scripted or quantized copy of it",
+            wanted="a Linear, Conv1d, Conv2d or Conv3d with a float weight of its own",
+            fix="pass the network itself, not a scripted or quantized copy of it",
         )
     return layers
 
 
 def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its weight
+    if isinstance(
+        module, NonDynamicallyQuantizableLinear
+    ):  # attention reads its weight
         return False
     if nn.utils.parametrize.is_parametrized(module, "weight"):
         chain = module.get_submodule("parametrizations.weight").children()
@@ -149,7 +151,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module, layers: list[Layer]) -> str:
-    """Return a short hash of the layers' names and shapes and of every value in the model.
+    """Return a short hash of the layers' names and shapes and of all values.
 
     Recognises checkpoints: equal for the same model with the same weights only.
     """
@@ -159,5 +161,7 @@ def fingerprint(model: nn.Module, layers: list[Layer]) -> str:
         if torch.is_tensor(tensor):
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(name.encode())
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            digest.update(
+                flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            )
     return digest.hexdigest()[:16]

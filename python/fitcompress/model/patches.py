@@ -23,8 +23,8 @@ def patches(
         offset: The first one taken.
 
     Returns:
-        [groups, B, P, I] with P positions (1 for a Linear without sequence) and I inputs
-        of one output, ordered as ``weight.flatten(1)``.
+        [groups, B, P, I] with P positions (1 for a Linear without sequence) and I
+        inputs of one output, ordered as ``weight.flatten(1)``.
 
     Raises:
         UnsupportedLayerError: The module is of another kind.

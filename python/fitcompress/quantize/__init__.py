@@ -1,4 +1,4 @@
-"""Weights on a grid: the parametrization that holds them there, and how to remove it."""
+"""Weights on a grid: the parametrization that holds them there, leftovers, plans."""
 
 from fitcompress.quantize.leftovers import fold_norms_, round_leftovers_
 from fitcompress.quantize.plan_state import attach_plan, plan_of

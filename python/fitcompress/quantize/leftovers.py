@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["fold_norms_", "is_folded", "round_leftovers_", "thaw_norms_", "to_half"]
 
@@ -48,14 +49,18 @@ def is_folded(norm: nn.Module) -> bool:
 
 
 def fold_norms_(model: nn.Module) -> None:
-    """Make every batch norm the affine map that it is in evaluation, in 16 bits, in place.
+    """Make every batch norm the affine map that it is in evaluation, in place.
 
-    Afterwards mean 0, variance 1 − ε, weight a, bias c: half the numbers to store. Train
-    such a model with its norms in eval mode, as :func:`fitcompress.finetune` does; batch
-    statistics are gone.
+    Afterwards mean 0, variance 1 − ε, weight a, bias c: half the numbers to store.
+    Train such a model with its norms in eval mode, as :func:`fitcompress.finetune`
+    does; batch statistics are gone.
     """
     for module in model.modules():
-        if not isinstance(module, FOLDABLE) or not _complete(module) or is_folded(module):
+        if (
+            not isinstance(module, FOLDABLE)
+            or not _complete(module)
+            or is_folded(module)
+        ):
             continue
         mean, variance = module.running_mean, module.running_var
         assert mean is not None and variance is not None
@@ -81,8 +86,12 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
         model: With folded norms.
         batches: Inputs from the training distribution.
     """
-    folded = {m: None for m in model.modules() if isinstance(m, FOLDABLE) and is_folded(m)}
-    sums: dict[nn.Module, list[torch.Tensor | float]] = {m: [0.0, 0.0, 0.0] for m in folded}
+    folded = {
+        m: None for m in model.modules() if isinstance(m, FOLDABLE) and is_folded(m)
+    }
+    sums: dict[nn.Module, list[torch.Tensor | float]] = {
+        m: [0.0, 0.0, 0.0] for m in folded
+    }
 
     def catch(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].double().transpose(0, 1).flatten(1)
@@ -117,7 +126,7 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
 
 
 def round_leftovers_(model: nn.Module) -> None:
-    """Round parameters that are on no grid to 16 bits, in place; buffers stay as they are."""
+    """Round parameters that are on no grid to 16 bits, in place; buffers stay."""
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
             if name != "original":  # the latent weight of a grid

@@ -31,7 +31,7 @@ def plan_of(model: nn.Module) -> Plan:
         raise PlanMismatchError(
             "this model is not compressed",
             got=type(model).__name__,
-            wanted="a model that fitcompress.apply, compress or load(trainable=True) returned",
+            wanted="what apply, compress or load(…, trainable=True) returned",
             fix="call fitcompress.apply(model, plan) first",
         )
     return plan

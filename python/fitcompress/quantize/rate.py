@@ -2,8 +2,8 @@
 
     k = argmin_k (w/Δ − k)² + λ · bits(k),   bits(k) = −log₂ p(k)
 
-over the nearest level, the one next to it towards zero, and zero; p are the frequencies of
-the codes of the same layer. λ = 0 is rounding to the nearest.
+over the nearest level, the one next to it towards zero, and zero; p are the frequencies
+of the codes of the same layer. λ = 0 is rounding to the nearest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Rate:
 
 
 def code_lengths(codes: torch.Tensor) -> torch.Tensor:
-    """Return bits(k) for k = −64 … 64 from the frequencies of ``codes`` (plus one half)."""
+    """Return bits(k) for k = −64 … 64 from the frequencies of ``codes`` plus ½."""
     shifted = codes.flatten().clamp(-REACH, REACH).long() + REACH
     counts = torch.bincount(shifted, minlength=2 * REACH + 1).float() + 0.5
     return -(counts / counts.sum()).log2()

@@ -3,8 +3,9 @@
     ŵ = mask ∘ Δ · clip(round(w / Δ), −q, q)
 
 with w the latent weight, one Δ for the tensor or one per output channel, and q = ∞ for
-entropy-coded steps. Any model, ``torch.compile``, ``state_dict`` and every training loop
-keep working; :func:`remove` gives plain modules back with exactly the same weights.
+entropy-coded steps. Any model, ``torch.compile``, ``state_dict`` and every training
+loop keep working; :func:`remove` gives plain modules back with exactly the same
+weights.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ class WeightGrid(nn.Module):
         mask: What stays, bool in the weight's shape, or None for everything.
 
     Attributes:
-        rate: What a bit costs while fine-tuning holds the size of the file; None otherwise.
+        rate: What a bit costs while fine-tuning holds the size of the file; None
+            otherwise.
     """
 
     scale: torch.Tensor
     mask: torch.Tensor | None
-    holds_grid = True  # tells it from other parametrizations, see ``compressible_layers``
+    holds_grid = (
+        True  # tells it from other parametrizations, see ``compressible_layers``
+    )
 
     def __init__(
         self, scale: torch.Tensor, max_code: int = 0, mask: torch.Tensor | None = None
@@ -66,7 +70,9 @@ class WeightGrid(nn.Module):
         scale = self.scale.reshape(-1, 1)
         safe = torch.where(scale > 0, scale, torch.inf)
         scaled = rows.detach().float() / safe
-        codes = scaled.round() if self.rate is None else rate_aware_codes(scaled, self.rate)
+        codes = (
+            scaled.round() if self.rate is None else rate_aware_codes(scaled, self.rate)
+        )
         if self.max_code:
             codes = codes.clamp(-self.max_code, self.max_code)
         if self.mask is not None:
@@ -78,7 +84,9 @@ class WeightGrid(nn.Module):
         rows = quantized.detach().flatten(1).float()
         scale = self.scale.reshape(-1, 1)
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return torch.where(scale > 0, (rows / safe).round(), torch.zeros_like(rows)).int()
+        return torch.where(
+            scale > 0, (rows / safe).round(), torch.zeros_like(rows)
+        ).int()
 
     def extra_repr(self) -> str:
         """Describe the grid for ``print(model)``."""
@@ -100,11 +108,13 @@ def grid_of(module: nn.Module) -> WeightGrid | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
     chain = cast("nn.ModuleDict", module.parametrizations)["weight"]
-    return next((p for p in cast("nn.ModuleList", chain) if isinstance(p, WeightGrid)), None)
+    return next(
+        (p for p in cast("nn.ModuleList", chain) if isinstance(p, WeightGrid)), None
+    )
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Make the weights of ``model`` plain again, in place, with exactly the same values.
+    """Make the weights of ``model`` plain again, in place, with the same values.
 
     Returns:
         The same model, without parametrizations of this package.
@@ -112,11 +122,18 @@ def remove(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if grid_of(module) is not None:
             # torch deletes the weight's property from the class, and copies of a module
-            # share its class: without one of its own, the copies would lose their weight.
+            # share its class: without one of its own, the copies would lose their
+            # weight.
             own = type(module)
-            space = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+            space = {
+                k: v
+                for k, v in vars(own).items()
+                if k not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(own.__name__, own.__bases__, space)
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            parametrize.remove_parametrizations(
+                module, "weight", leave_parametrized=True
+            )
     return model
 
 
@@ -141,12 +158,14 @@ def row_scales(matrix: torch.Tensor, level: Level) -> tuple[torch.Tensor, int]:
 def half_up(scale: torch.Tensor) -> torch.Tensor:
     """Round numbers ≥ 0 up to 16 bits, so that no weight leaves the range by rounding.
 
-    To float16 if all of them are normal numbers there, else to bfloat16: less exact, but of
-    any size.
+    To float16 if all of them are normal numbers there, else to bfloat16: less exact,
+    but of any size.
     """
     positive = scale[scale > 0]
     info = torch.finfo(torch.float16)
-    fits = not len(positive) or (positive.min() >= info.tiny and positive.max() < info.max)
+    fits = not len(positive) or (
+        positive.min() >= info.tiny and positive.max() < info.max
+    )
     rounded = scale.to(torch.float16 if fits else torch.bfloat16)
     more = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     return torch.where(rounded.float() < scale, more, rounded).float()

@@ -10,7 +10,15 @@ from fitcompress.errors import FitcompressError
 
 __all__ = ["Budget", "BudgetError"]
 
-_UNITS = {"B": 1, "KB": 1000, "MB": 10**6, "GB": 10**9, "KIB": 1024, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "B": 1,
+    "KB": 1000,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1024,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 LARGEST = 2**59  # more is no bound at all, and bits of it fit into 64
 
 
@@ -23,11 +31,11 @@ class Budget:
     """An upper bound on exactly one cost of the compressed network.
 
     Attributes:
-        size: Bytes of the packed file, everything counted: a number of bytes, ``"40KB"``,
-            ``"1.5MiB"``, ``"5%"`` of the float32 parameters, or ``"2.1bpw"``, bits of
-            file per weight.
-        bops: Bit operations, MACs · weight bits · activation bits: a number or ``"2%"`` of
-            those in float32.
+        size: Bytes of the packed file, everything counted: a number of bytes,
+            ``"40KB"``, ``"1.5MiB"``, ``"5%"`` of the float32 parameters, or
+            ``"2.1bpw"``, bits of file per weight.
+        bops: Bit operations, MACs · weight bits · activation bits: a number or ``"2%"``
+            of those in float32.
 
     Example:
         >>> Budget(size="5%").size_bytes(dense_bytes=1_000_000)
@@ -96,5 +104,5 @@ def _bad(value: object) -> BudgetError:
     return BudgetError(
         "this budget cannot be understood",
         got=repr(value),
-        wanted='a positive number of bytes, or text such as "5%", "40KB", "1.5MiB", "2.1bpw"',
+        wanted='a positive number of bytes, or "5%", "40KB", "1.5MiB", "2.1bpw"',
     )

@@ -1,14 +1,16 @@
 """Lower convex hulls of the layers and the front of plans that they span.
 
 For a multiplier μ ≥ 0 every layer minimises D + μ·c on its own. The minimisers are the
-corners of the layer's lower convex hull; lowering μ from ∞ walks all hulls at once, from
-the cheapest plan to the best one, along corners sorted by slope. Between two neighbouring
-plans of that walk lies the optimum of the linear relaxation: a proven lower bound.
+corners of the layer's lower convex hull; lowering μ from ∞ walks all hulls at once,
+from the cheapest plan to the best one, along corners sorted by slope. Between two
+neighbouring plans of that walk lies the optimum of the linear relaxation: a proven
+lower bound.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["Front", "front", "lower_hull"]
 
 
-def lower_hull(cost: NDArray[np.int64], value: NDArray[np.float64]) -> NDArray[np.int64]:
+def lower_hull(
+    cost: NDArray[np.int64], value: NDArray[np.float64]
+) -> NDArray[np.int64]:
     """Return indices of the corners of the lower convex hull, by rising cost.
 
-    From the cheapest point (the best of those) to the best value, slopes strictly rising.
+    From the cheapest point (the best of those) to the best value, slopes strictly
+    rising.
     """
     order = np.lexsort((np.arange(len(cost)), value, cost))
     corners: list[int] = []
@@ -60,13 +65,13 @@ class Front:
 
     def choice(self, step: int) -> NDArray[np.int64]:
         """Return the cell of every layer after ``step`` steps, [L]."""
-        chosen = self.start.copy()
+        chosen: NDArray[np.int64] = self.start.copy()
         for layer, index in zip(self.layer[:step], self.index[:step], strict=True):
             chosen[layer] = index
         return chosen
 
     def bound(self, limit: int) -> float:
-        """Return a lower bound of the value of every plan that costs at most ``limit``."""
+        """Return a lower bound of the value of plans that cost at most ``limit``."""
         if limit >= self.cost[-1]:
             return float(self.value[-1])
         t = int(np.searchsorted(self.cost, limit, side="right")) - 1
@@ -86,7 +91,7 @@ def front(cost: NDArray[np.int64], value: NDArray[np.float64]) -> Front:
     for layer, (c, v) in enumerate(zip(cost, value, strict=True)):
         corners = lower_hull(c, v)
         start.append(corners[0])
-        for a, b in zip(corners[:-1], corners[1:], strict=True):
+        for a, b in pairwise(corners):
             slope = (v[b] - v[a]) / float(c[b] - c[a])
             moves.append((slope, layer, int(b), int(c[b] - c[a]), v[b] - v[a]))
     moves.sort(key=lambda m: m[:3])

@@ -21,18 +21,19 @@ __all__ = ["PathSearch"]
 class PathSearch:
     """Walk from the dense network to the budget along a short path.
 
-    A node is one grid per layer and one sparsity for the network; a step makes one layer's
-    grid coarser or raises the sparsity. f = g + λ h, where g sums the Riemannian lengths
-    sqrt(Σ_j F_j (θ_j − θ'_j)²) of the steps and h = |α − α_goal| sqrt(Σ_j F_j θ_j²) is
-    that of a straight shrink for the rest of the way (α: cost over that of float32). h is
-    not admissible in general, so nothing is proven, whatever the mode. What is left of the
-    budget at the end is spent on undoing steps.
+    A node is one grid per layer and one sparsity for the network; a step makes one
+    layer's grid coarser or raises the sparsity. f = g + λ h, where g sums the
+    Riemannian lengths sqrt(Σ_j F_j (θ_j − θ'_j)²) of the steps and h = |α − α_goal|
+    sqrt(Σ_j F_j θ_j²) is that of a straight shrink for the rest of the way (α: cost
+    over that of float32). h is not admissible in general, so nothing is proven,
+    whatever the mode. What is left of the budget at the end is spent on undoing steps.
 
     Zandonati et al. 2023, arXiv 2302.07612.
 
     Attributes:
         mode: ``"greedy"`` drops every other open node after each expansion, as the
-            published script does; ``"beam"`` keeps ``beam_width``; ``"best_first"`` all.
+            published script does; ``"beam"`` keeps ``beam_width``; ``"best_first"``
+            all.
         lam: λ; 0 is uniform-cost search, large values head straight for the budget.
         beam_width: Open nodes kept by ``"beam"``.
         max_expansions: Where to give up.

@@ -88,8 +88,8 @@ class Plan:
         """Raise unless the plan is for a model with these compressible layers.
 
         Raises:
-            PlanMismatchError: Names the first layer that is missing, extra or of another
-                shape.
+            PlanMismatchError: Names the first layer that is missing, extra or of
+                another shape.
         """
         fix = "use the plan with the model that it was searched for, or search again"
         for name, level in self.levels.items():
@@ -163,7 +163,9 @@ class Plan:
             values = json.loads(text)
             version = values.pop("fitcompress_plan")
             if version != VERSION:
-                raise FormatError("a plan of another version", got=version, wanted=VERSION)
+                raise FormatError(
+                    "a plan of another version", got=version, wanted=VERSION
+                )
             levels = {}
             for name, level in values.pop("levels").items():
                 grid = Grid(bits=level.pop("bits"), step=level.pop("step"))
@@ -173,7 +175,13 @@ class Plan:
                     raise ValueError(msg)
                 levels[name] = Level(grid=grid, shape=shape, **level)
             return cls(levels=levels, **values)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(
@@ -202,7 +210,9 @@ class Plan:
         try:
             text = Path(path).read_bytes().decode()
         except UnicodeDecodeError as error:
-            raise FormatError(f"{path} is no plan", got="bytes that are no text") from error
+            raise FormatError(
+                f"{path} is no plan", got="bytes that are no text"
+            ) from error
         return cls.from_json(text)
 
 

@@ -62,13 +62,15 @@ class Problem:
         got = self.limit + self.overhead
         got = got // 8 if self.kind == "size" else got
         dense = self.sensitivity.dense_bytes
-        share = f" ({100 * self.smallest() / dense:.2f} %)" if self.kind == "size" else ""
+        share = (
+            f" ({100 * self.smallest() / dense:.2f} %)" if self.kind == "size" else ""
+        )
         raise BudgetInfeasibleError(
             "no plan meets the budget",
             smallest=self.smallest(),
             got=f"{got} {unit}",
             wanted=f"at least {self.smallest()} {unit}{share}, the smallest possible",
-            fix="raise the budget, or allow coarser grids and more sparsity in `measure`",
+            fix="raise the budget, or measure coarser grids and more sparsity",
         )
 
     def plan(self, choice: Choice) -> Plan:
@@ -101,7 +103,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """A method's answer: grid index (into ``Problem.grids``) and sparsity index, [L] each."""
+    """A method's answer: indices into ``Problem.grids`` and of sparsities, [L] each."""
 
     grid: NDArray[np.int64]
     sparsity: NDArray[np.int64]
@@ -132,13 +134,18 @@ def make_problem(
     """
     family = family or ("step" if budget.kind == "size" else "bits")
     grids = np.array(
-        [g for g, grid in enumerate(sensitivity.grids) if family in ("any", grid.family)],
+        [
+            g
+            for g, grid in enumerate(sensitivity.grids)
+            if family in ("any", grid.family)
+        ],
         dtype=np.int64,
     )
     if not len(grids):
         raise OptionError(
             f"the sensitivity has no grid of family {family!r}",
-            got=", ".join(sorted({grid.family for grid in sensitivity.grids})) or "none",
+            got=", ".join(sorted({grid.family for grid in sensitivity.grids}))
+            or "none",
             wanted="step, bits or any, and grids of that family",
             fix="measure with such grids, or search with another family",
         )

@@ -43,6 +43,9 @@ def search(
         method: ``Lagrangian()`` (default) or ``PathSearch()``.
         family: Grids that may be used: ``"step"`` (default for a size: smallest file),
             ``"bits"`` (default for BOPs: what runtimes execute) or ``"any"``.
+        masks: Whether masks may drop weights besides those that round to zero. None:
+            not with steps alone, where that was measured to cost accuracy at equal
+            size.
 
     Returns:
         A plan whose predicted cost is within the budget, with status and gap.

@@ -31,14 +31,16 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, key: str) -> No
         "loss": moments.loss.hex(),
         "batches": moments.batches,
     }
-    write_atomically(path, safetensors.torch.save(tensors, {"moments": json.dumps(counts)}))
+    write_atomically(
+        path, safetensors.torch.save(tensors, {"moments": json.dumps(counts)})
+    )
 
 
 def load_moments(path: str | os.PathLike[str], key: str) -> Moments | None:
     """Return saved moments, or None if there are none for ``key``.
 
-    A checkpoint of another model or other settings, or a damaged one, is not used; a log
-    line says so.
+    A checkpoint of another model or other settings, or a damaged one, is not used; a
+    log line says so.
     """
     if not Path(path).exists():
         return None

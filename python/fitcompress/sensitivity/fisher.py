@@ -1,7 +1,8 @@
 """Fisher moments per layer, exact per sample.
 
 For a sample i with inputs A_i ∈ R^{P×I} and output gradients E_i ∈ R^{P×O} of a layer
-(P positions), the gradient of its loss with respect to the weight is G_i = E_iᵀ A_i, and
+(P positions), the gradient of its loss with respect to the weight is G_i = E_iᵀ A_i,
+and
 
     F = (1/N) Σ_i G_i ∘ G_i  ∈ R^{O×I},   T = Σ_j F_j   (nats²).
 
@@ -76,11 +77,14 @@ class Moments:
         return float((variance / chunks) ** 0.5 / mean)
 
 
-def sampled_label_loss(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sampled_label_loss(
+    output: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Return the mean cross-entropy with labels drawn from the model itself.
 
-    The gradients of this loss give the true Fisher information of the model, which needs
-    no labels and does not vanish on memorised training data as fast as the empirical one.
+    The gradients of this loss give the true Fisher information of the model, which
+    needs no labels and does not vanish on memorised training data as fast as the
+    empirical one.
 
     Args:
         output: Logits, [B, …, classes].
@@ -90,7 +94,11 @@ def sampled_label_loss(output: torch.Tensor, generator: torch.Generator) -> torc
         DataError: The output is no such tensor.
         NonFiniteError: A logit is NaN or infinite.
     """
-    if not torch.is_tensor(output) or output.dim() < 2 or not output.is_floating_point():
+    if (
+        not torch.is_tensor(output)
+        or output.dim() < 2
+        or not output.is_floating_point()
+    ):
         shape = f" of shape {tuple(output.shape)}" if torch.is_tensor(output) else ""
         raise DataError(
             "labels cannot be sampled from the model's output",
@@ -114,7 +122,8 @@ class FisherEstimator:
     """Accumulates Fisher moments of compressible layers through hooks.
 
     The model is not changed and no weight gets an autograd gradient: inputs and output
-    gradients of each layer are caught, and the native op squares and sums their products.
+    gradients of each layer are caught, and the native op squares and sums their
+    products.
 
     Args:
         model: The network, in eval mode (batch statistics would couple samples).
@@ -130,8 +139,12 @@ class FisherEstimator:
         self._copy_inputs = False
         for layer in layers:
             shape = (layer.rows, layer.columns)
-            self.moments.squares.setdefault(layer.name, torch.zeros(shape, dtype=torch.float64))
-            self.moments.trace.setdefault(layer.name, torch.zeros(3, dtype=torch.float64))
+            self.moments.squares.setdefault(
+                layer.name, torch.zeros(shape, dtype=torch.float64)
+            )
+            self.moments.trace.setdefault(
+                layer.name, torch.zeros(3, dtype=torch.float64)
+            )
 
     def update(
         self, x: torch.Tensor, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
@@ -158,7 +171,7 @@ class FisherEstimator:
                 raise CalibrationError(
                     f"the loss does not depend on layer {layer.name!r}",
                     wanted="a forward pass that reaches every compressible layer",
-                    fix="pass data that exercise it, or take the layer out of the model",
+                    fix="pass data that exercise it, or take it out of the model",
                 )
             self._add(layer, uses[layer.name], batch)
         self.moments.samples += batch
@@ -169,13 +182,15 @@ class FisherEstimator:
     def _gradients(
         self, x: torch.Tensor, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
     ) -> tuple[list[tuple[Layer, torch.Tensor, torch.Tensor]], float, tuple[Any, ...]]:
-        """Run forward and backward; return each use's layer, input and output gradient."""
+        """Return each use's layer and input, the loss, and the output gradients."""
         caught: list[tuple[Layer, torch.Tensor, torch.Tensor]] = []
         versions: list[int] = []
         copying = self._copy_inputs
 
         def catch(layer: Layer) -> Callable[..., torch.Tensor]:
-            def hook(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+            def hook(
+                _: nn.Module, args: tuple[Any, ...], out: torch.Tensor
+            ) -> torch.Tensor:
                 if not out.requires_grad:  # every earlier parameter is frozen
                     out = out.detach().requires_grad_()
                 x = args[0].detach()
@@ -185,7 +200,9 @@ class FisherEstimator:
 
             return hook
 
-        handles = [layer.module.register_forward_hook(catch(layer)) for layer in self.layers]
+        handles = [
+            layer.module.register_forward_hook(catch(layer)) for layer in self.layers
+        ]
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:
             for parameter in frozen:

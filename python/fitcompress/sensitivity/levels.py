@@ -21,7 +21,7 @@ STEPS, OCTAVES, COARSEST = 49, 6.0, 4.0
 
 
 def step_ladder(layers: Sequence[Layer]) -> tuple[float, ...]:
-    """Return 49 steps from fine to coarse, a factor 2^(1/8) apart, for the whole network.
+    """Return 49 steps from fine to coarse, a factor 2^(1/8) apart.
 
     The coarsest is four times the root mean square of all weights: nearly every weight
     rounds to zero. One ladder for all layers, since one step in all of them is close to
@@ -45,7 +45,7 @@ def default_grids(layers: Sequence[Layer]) -> tuple[Grid, ...]:
 def layer_sparsities(
     layers: Sequence[Layer], sparsities: Sequence[float]
 ) -> list[list[float]]:
-    """Return the share of each layer that one magnitude threshold for the network drops.
+    """Return the share of each layer that one magnitude threshold drops.
 
     Args:
         layers: L layers.

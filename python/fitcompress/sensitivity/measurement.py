@@ -48,17 +48,18 @@ def measure(
     """Measure how much the loss rises for every level of every compressible layer.
 
     D_l(level) = ½ Σ_j F_j (θ_j − θ̂_j)² in nats, F the Fisher diagonal of the layer from
-    exact per-sample gradients (Zandonati et al. 2022, arXiv 2210.08502). Costs about one
-    forward and backward pass per sample and one pass over the weights per grid.
+    exact per-sample gradients (Zandonati et al. 2022, arXiv 2210.08502). Costs about
+    one forward and backward pass per sample and one pass over the weights per grid.
 
-    Use data that the network has not memorised, augmented or held out: on memorised data
-    the Fisher information is nearly gone and the ranking of plans suffers.
+    Use data that the network has not memorised, augmented or held out: on memorised
+    data the Fisher information is nearly gone and the ranking of plans suffers.
 
     Args:
         model: The trained network; unchanged afterwards.
         loader: Yields inputs or (inputs, targets).
-        loss_fn: (output, targets) → loss averaged over the batch: empirical Fisher. None:
-            cross-entropy with labels sampled from the model: true Fisher, no labels needed.
+        loss_fn: (output, targets) → loss averaged over the batch: empirical Fisher.
+            None: cross-entropy with labels sampled from the model: true Fisher, no
+            labels needed.
         samples: How many samples to use, None for all.
         grids: Weight grids, each family from fine to coarse. None: 8 … 2 bits and 49
             steps.
@@ -76,7 +77,8 @@ def measure(
         EmptyLoaderError: The loader yields nothing.
         NonFiniteError: A weight, the loss or a gradient is NaN or infinite.
         CalibrationError: The loss has no gradient or does not depend on a layer.
-        DataError: A batch, or the output of the model for sampled labels, does not serve.
+        DataError: A batch, or the output of the model for sampled labels, does not
+            serve.
         UnsupportedLayerError: A layer mixes the samples of a batch.
         OutputError: The checkpoint cannot be written.
     """
@@ -94,7 +96,15 @@ def measure(
     key = f"{fingerprint(model, layers)}-{labels}-{seed}-{samples}-{digest(first):08x}"
     with evaluating(model):
         moments = _moments(
-            model, layers, batches, loss_fn, samples, checkpoint, key, seed, progress=progress
+            model,
+            layers,
+            batches,
+            loss_fn,
+            samples,
+            checkpoint,
+            key,
+            seed,
+            progress=progress,
         )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
     sensitivity = Sensitivity(
@@ -169,12 +179,18 @@ def _table(
         msg = "grids must list fixed-point bits first, then steps"
         raise ValueError(msg)
     names = ("distortion", "nonzeros", "grid_length", "prune_length", "norm")
-    columns: dict[str, list[Any]] = {n: [] for n in (*names, "size_bits", "weight_bits")}
+    columns: dict[str, list[Any]] = {
+        n: [] for n in (*names, "size_bits", "weight_bits")
+    }
     shares = layer_sparsities(layers, sparsities)
-    with Bar("measure: distortion of every level", len(layers), enabled=progress) as bar:
+    with Bar(
+        "measure: distortion of every level", len(layers), enabled=progress
+    ) as bar:
         for layer, share in zip(layers, shares, strict=True):
             weight, fisher = layer.matrix(), moments.diagonal(layer.name)
-            cells = ops.distortion_table(weight, fisher, weight.square(), bits, steps, share)
+            cells = ops.distortion_table(
+                weight, fisher, weight.square(), bits, steps, share
+            )
             scales = [16 * layer.rows] * len(bits) + [32] * len(steps)
             entropy = np.ceil(cells.entropy_bits.numpy()).astype(np.int64)
             columns["size_bits"].append(entropy + np.array(scales)[:, None])
@@ -187,7 +203,9 @@ def _table(
                 [*bits, *(max(1, (2 * k).bit_length()) for k in codes)]
             )
             bar.advance()
-    table: dict[str, Any] = {k: np.stack(v) for k, v in columns.items() if k != "weight_bits"}
+    table: dict[str, Any] = {
+        k: np.stack(v) for k, v in columns.items() if k != "weight_bits"
+    }
     table["weight_bits"] = np.array(columns["weight_bits"], dtype=np.int64)
     table["sparsity"] = np.array(shares)
     return table

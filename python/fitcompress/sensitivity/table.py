@@ -1,4 +1,4 @@
-"""The ``Sensitivity`` value: what every level of every layer costs and how much it hurts.
+"""The ``Sensitivity`` value: what every level of every layer costs, and hurts.
 
 Independent of any budget, measured once, saved as ``.safetensors``; imports no torch.
 """
@@ -39,11 +39,13 @@ REALS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A weight grid: fixed-point ``bits`` or an entropy-coded ``step``; exactly one is set.
+    """A weight grid: either fixed-point ``bits`` or an entropy-coded ``step``.
 
     Attributes:
-        bits: Signed b-bit integers −(2^(b−1)−1) … 2^(b−1)−1, one scale per output channel.
-        step: Δ; levels kΔ for every integer k, one step for the tensor, in weight units.
+        bits: Signed b-bit integers −(2^(b−1)−1) … 2^(b−1)−1, one scale per output
+            channel.
+        step: Δ; levels kΔ for every integer k, one step for the tensor, in weight
+            units.
     """
 
     bits: int | None = None
@@ -51,9 +53,11 @@ class Grid:
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.step is None):
-            msg = f"a grid has either bits or a step; got bits={self.bits}, step={self.step}"
+            msg = f"a grid has bits or a step; got bits={self.bits}, step={self.step}"
             raise ValueError(msg)
-        if self.bits is not None and (type(self.bits) is not int or not 2 <= self.bits <= 16):
+        if self.bits is not None and (
+            type(self.bits) is not int or not 2 <= self.bits <= 16
+        ):
             msg = f"bits must be a whole number between 2 and 16; got {self.bits}"
             raise ValueError(msg)
         step = self.step
@@ -120,8 +124,17 @@ class Sensitivity:
         if self.distortion.ndim != 3:
             raise FormatError("distortion has a wrong shape", got=self.distortion.shape)
         layers, grids, sparsities = self.distortion.shape
-        cells = ("distortion", "size_bits", "nonzeros", "grid_length", "prune_length", "norm")
-        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(cells, (layers, grids, sparsities))
+        cells = (
+            "distortion",
+            "size_bits",
+            "nonzeros",
+            "grid_length",
+            "prune_length",
+            "norm",
+        )
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(
+            cells, (layers, grids, sparsities)
+        )
         wanted |= dict.fromkeys(("macs", "fisher_trace", "fisher_error"), (layers,))
         wanted |= {"sparsity": (layers, sparsities), "weight_bits": (layers, grids)}
         for name, shape in wanted.items():
@@ -130,13 +143,21 @@ class Sensitivity:
                 msg = f"{name} has shape {array.shape}; wanted {shape}"
                 raise FormatError(msg)
             kind = "f" if name in REALS else "i"
-            if array.dtype.kind != kind or not np.isfinite(array).all() or (array < 0).any():
-                msg = f"{name} has values that are negative, not finite or of a wrong type"
+            if (
+                array.dtype.kind != kind
+                or not np.isfinite(array).all()
+                or (array < 0).any()
+            ):
+                msg = f"{name} has values that are negative, not finite or mistyped"
                 raise FormatError(msg, got=array.dtype)
         for name in ("overhead_bytes", "dense_bytes", "samples"):
             if type(getattr(self, name)) is not int:
                 raise FormatError(f"{name} is no whole number", got=getattr(self, name))
-        if len(self.names) != layers or len(self.shapes) != layers or len(self.grids) != grids:
+        if (
+            len(self.names) != layers
+            or len(self.shapes) != layers
+            or len(self.grids) != grids
+        ):
             msg = f"names, shapes and grids do not match tables of {layers} × {grids}"
             raise FormatError(msg)
 
@@ -148,10 +169,12 @@ class Sensitivity:
     def bops(self) -> NDArray[np.int64]:
         """Bit operations of every cell with float32 activations, [L, G, S].
 
-        MACs · weight bits · 32; sparsity is not credited, ordinary kernels do not use it.
+        MACs · weight bits · 32; sparsity is not credited, ordinary kernels do not use
+        it.
         """
         per_grid = self.macs[:, None] * self.weight_bits * 32
-        return np.broadcast_to(per_grid[:, :, None], self.distortion.shape).copy()
+        cells = np.broadcast_to(per_grid[:, :, None], self.distortion.shape)
+        return np.array(cells, dtype=np.int64)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to ``path`` (``.safetensors``), atomically.
@@ -159,7 +182,8 @@ class Sensitivity:
         Raises:
             OutputError: The file cannot be written.
         """
-        arrays, meta = {}, {"version": VERSION}
+        arrays: dict[str, NDArray[Any]] = {}
+        meta: dict[str, Any] = {"version": VERSION}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray):

@@ -3,8 +3,8 @@
 The container holds two uint8 tensors, so that any safetensors reader can open it:
 
 ``index``    zlib-compressed JSON: version, plan, and for every tensor its name, kind,
-             shape and payload length. One compressed index instead of one container entry
-             per tensor saves 80 bytes each, 0.5 % of a small network's file.
+             shape and payload length. One compressed index instead of one container
+             entry per tensor saves 80 bytes each, 0.5 % of a small network's file.
 ``payload``  the payloads one after another, each followed by its CRC-32.
 
 A reader checks every length, shape and checksum before it allocates or decodes, and
@@ -108,7 +108,7 @@ def unpack(data: bytes) -> Packed:
 
 def _container(data: bytes) -> dict[str, bytes]:
     try:
-        tensors = safetensors.deserialize(data)
+        tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except (
         safetensors.SafetensorError,
         ValueError,

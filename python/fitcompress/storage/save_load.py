@@ -95,7 +95,7 @@ def packed_bytes(model: nn.Module) -> bytes:
 
 
 def layer_bytes(model: nn.Module) -> dict[str, int]:
-    """Return the bytes in the file of every compressed layer, scales and checksum included."""
+    """Return the bytes in the file of every layer, scales and checksum included."""
     return {w.name: len(write_coded(w).payload) + 4 for w in coded_weights(model)}
 
 
@@ -110,7 +110,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         The size of the file in bytes.
 
     Raises:
-        BudgetExceededError: The file would exceed the plan's budget; nothing is written.
+        BudgetExceededError: The file would exceed the plan's budget; nothing is
+            written.
         PlanMismatchError: The model is not compressed.
         NonFiniteError: A weight is NaN or infinite.
         OutputError: The file cannot be written.
@@ -124,7 +125,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             size_bytes=len(data),
             got=f"{len(data)} bytes",
             wanted=f"at most {limit} bytes",
-            fix="search again with a smaller budget, or calibrate: apply(…, calibrate=loader)",
+            fix="search again with a smaller budget, or calibrate in apply",
         )
     write_atomically(path, data)
     return len(data)
@@ -159,9 +160,13 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
     twice = (coded & others) | (set(aliases) & (coded | others))
     unknown = set(aliases.values()) - coded - others
     if unknown:
-        raise FormatError("a tensor shares another that is missing", got=sorted(unknown)[0][:100])
+        raise FormatError(
+            "a tensor shares another that is missing", got=sorted(unknown)[0][:100]
+        )
     if twice:
-        raise FormatError("a tensor stands in the file twice", got=sorted(twice)[0][:100])
+        raise FormatError(
+            "a tensor stands in the file twice", got=sorted(twice)[0][:100]
+        )
     plan = _plan(packed.plan, {n: w.level for n, w in weights.items()}, len(data))
     return PackedModel(plan, weights, leftovers, len(data))
 
@@ -190,7 +195,9 @@ def load(
     state = packed.state()
     _check_state(state, _plain_state(model))
     if trainable:
-        packed.plan.check({layer.name: layer.shape for layer in compressible_layers(model)})
+        packed.plan.check(
+            {layer.name: layer.shape for layer in compressible_layers(model)}
+        )
     remove(model)
     model.load_state_dict(state)
     model.eval()
@@ -289,7 +296,7 @@ def coded_weights(model: nn.Module) -> list[CodedWeight]:
                 f"layer {name!r} of the plan is on no grid",
                 fix="save the model that apply returned, before remove()",
             )
-        weight = modules[name].weight.detach()  # type: ignore[union-attr]
+        weight = modules[name].weight.detach()
         if weight.numel():
             shape = tuple(weight.shape)
             coded.append(

@@ -95,10 +95,15 @@ def read_coded(section: Section) -> CodedWeight:
     """
     entry, payload = section.entry, section.payload
     name, dtype, stored = entry.get("name"), entry.get("dtype"), entry.get("scale")
-    texts = all(isinstance(text, str) for text in (name, dtype, stored))
-    if not texts or not {dtype, stored} <= {"f2", "bf2", "f4"}:
+    if (
+        not isinstance(name, str)
+        or not isinstance(dtype, str)
+        or not isinstance(stored, str)
+        or not {dtype, stored} <= {"f2", "bf2", "f4"}
+    ):
         raise FormatError("codes without a valid description", got=str(entry)[:200])
-    shape, scales = checked_shape(entry.get("shape")), entry.get("scales")
+    shape = checked_shape(entry.get("shape"))
+    scales: Any = entry.get("scales")
     size, rows = math.prod(shape), shape[0] if shape else 0
     good = type(scales) is int and scales in (1, rows) and len(shape) > 1 and size > 0
     width = scales * DTYPES[stored].itemsize if good else 0
@@ -113,7 +118,9 @@ def read_coded(section: Section) -> CodedWeight:
     try:
         codes = _core.decode(payload[width:], rows, size // rows)
     except (ValueError, MemoryError) as error:
-        raise FormatError(f"the codes of {name!r} are damaged", got=str(error)[:200]) from error
+        raise FormatError(
+            f"the codes of {name!r} are damaged", got=str(error)[:200]
+        ) from error
     level = _level(entry, shape, scale, 8 * len(payload))
     largest = None if level.grid.bits is None else 2 ** (level.grid.bits - 1) - 1
     if largest is not None and int(np.abs(codes).max()) > largest:
@@ -135,18 +142,25 @@ def _most_codes(stream: int) -> int:
 def _level(
     entry: dict[str, Any], shape: tuple[int, ...], scale: torch.Tensor, bits: int
 ) -> Level:
-    bops, numbers = entry.get("bops", 0), [entry.get("sparsity", 0.0), entry.get("loss", 0.0)]
+    bops, numbers = (
+        entry.get("bops", 0),
+        [entry.get("sparsity", 0.0), entry.get("loss", 0.0)],
+    )
     good = type(bops) is int and 0 <= bops < 2**80
     good = good and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
     good = good and type(entry.get("bits", 8)) is int
     try:
         if not good:
             raise ValueError
-        grid = Grid(bits=entry["bits"]) if "bits" in entry else Grid(step=float(scale[0]))
+        grid = (
+            Grid(bits=entry["bits"]) if "bits" in entry else Grid(step=float(scale[0]))
+        )
         sparsity, loss = (float(n) for n in numbers)
         return Level(grid, sparsity, shape, loss, bits, bops)
     except ValueError as error:
-        raise FormatError("a level in the file is impossible", got=str(entry)[:200]) from error
+        raise FormatError(
+            "a level in the file is impossible", got=str(entry)[:200]
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,11 @@ class DigitsNet(nn.Module):
         strides = (1, 2, 1, 2)
         blocks: list[nn.Module] = []
         for i, o, s in zip(widths[:-1], widths[1:], strides, strict=True):
-            blocks += [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+            blocks += [
+                nn.Conv2d(i, o, 3, s, 1, bias=False),
+                nn.BatchNorm2d(o),
+                nn.ReLU(),
+            ]
         self.features = nn.Sequential(*blocks)
         self.classifier = nn.Linear(widths[-1], 10)
 

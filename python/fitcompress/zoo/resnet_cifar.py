@@ -50,7 +50,9 @@ class CifarResNet(nn.Module):
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
         first = Block(inputs, outputs, stride)
-        return nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1)))
+        return nn.Sequential(
+            first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""

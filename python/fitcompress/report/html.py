@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fitcompress.files import check_writable, write_atomically
 from fitcompress.report.plots import front_figure, layers_figure, to_svg
-from fitcompress.report.text import totals
+from fitcompress.report.text import MOVED, totals
 
 if TYPE_CHECKING:
     import os
@@ -45,7 +45,7 @@ def to_html(report: Report) -> str:
         for row in report.layers
     ]
     columns = ("layer", "weights", "grid", "bits/weight", "zeros", "bytes before",
-               "bytes after", "squared error")  # fmt: skip
+               "bytes after", "moved")  # fmt: skip
     notes = "".join(f"<p class='note'>{escape(n)}</p>" for n in report.notes)
     figures = [layers_figure(report)]
     if report.front:
@@ -57,11 +57,13 @@ def to_html(report: Report) -> str:
         f"<title>fitcompress report</title><style>{STYLE}</style></head><body>"
         "<h1>Before ⇒ after</h1>"
         f"{_table(('', 'before', 'after', 'change'), totals(report))}"
-        f"<p class='note'>{escape(report.plan.summary())}</p>{notes}"
+        f"<p class='note'>Plan, as predicted: {escape(report.plan.summary())}</p>"
+        f"{notes}"
         f"<h2>Figures</h2>{drawn}"
         f"<h2>Layers</h2>{_table(columns, layer_rows)}"
-        "<p class='note'>Unstructured zeros make the file smaller; ordinary kernels do not "
-        "run faster for them.</p></body></html>"
+        f"<p class='note'>{escape(MOVED)}</p>"
+        "<p class='note'>Unstructured zeros make the file smaller; ordinary kernels do "
+        "not run faster for them.</p></body></html>"
     )
 
 

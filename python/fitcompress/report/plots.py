@@ -41,7 +41,9 @@ def layers_figure(report: Report) -> Any:
     bottom.bar(place, [100 * r.sparsity for r in rows], color=ORANGE)
     bottom.set_ylabel("zeros, %")
     bottom.set_ylim(0, 100)
-    bottom.set_xticks(list(place), [r.name for r in rows], rotation=70, ha="right", fontsize=8)
+    bottom.set_xticks(
+        list(place), [r.name for r in rows], rotation=70, ha="right", fontsize=8
+    )
     top.set_title("Bits and sparsity of every layer")
     return _finish(figure, top, bottom)
 
@@ -53,17 +55,24 @@ def front_figure(report: Report) -> Any:
     dense = report.before["bytes"]
     points = [(100 * b / dense, d) for b, d in report.front if d > 0]
     if points:
-        axes.plot(*zip(*points, strict=True), color=GREY, lw=1.5, label="front (predicted)")
+        axes.plot(
+            *zip(*points, strict=True), color=GREY, lw=1.5, label="front (predicted)"
+        )
     size = 100 * report.after["bytes"] / dense
-    axes.plot(size, report.predicted_loss_rise, "o", color=BLUE, label="this plan, predicted")
-    if report.measured_loss_rise:
-        axes.plot(size, report.measured_loss_rise, "D", color=ORANGE, label="this model, measured")
+    found = (
+        (report.predicted_loss_rise, "o", BLUE, "this plan, predicted"),
+        (report.measured_loss_rise, "D", ORANGE, "this model, measured"),
+    )
+    for value, marker, color, label in found:
+        if value:  # nothing else has a place on a logarithmic axis
+            axes.plot(size, value, marker, color=color, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("file, % of the float32 bytes")
     axes.set_ylabel("loss rise, nats")
     axes.set_title("Size against loss")
-    axes.legend(frameon=False, fontsize=8)
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=8)
     return _finish(figure, axes)
 
 

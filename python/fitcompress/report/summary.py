@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fitcompress.data.batches import take
+from fitcompress.errors import PlanMismatchError
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import bops, count_macs, dense_bytes
 from fitcompress.quantize import plan_of
 from fitcompress.search.selection import pareto
 from fitcompress.storage.save_load import coded_weights, layer_bytes, packed_bytes
+from fitcompress.train.devices import device_of
 from fitcompress.train.evaluation import divergence, evaluate
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.search.plan import Plan
+    from fitcompress.search.problem import Family
     from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["LayerRow", "Report", "report"]
@@ -38,7 +41,8 @@ class LayerRow:
         sparsity: Share of its weights that are zero.
         bytes_before: In float32.
         bytes_after: In the file.
-        relative_error: ‖ŵ − w‖² / ‖w‖².
+        relative_error: How far its weights moved, ‖ŵ − w‖² / ‖w‖². Compensation moves
+            weights on purpose, so that the outputs stay: no measure of quality.
     """
 
     name: str
@@ -58,8 +62,9 @@ class Report:
 
     Attributes:
         layers: One row per compressed layer.
-        before: Totals of the dense model: bytes, and as far as known accuracy, loss, bops.
-        after: The same of the compressed one.
+        before: Totals of the dense model: bytes, and with data accuracy, loss, bops.
+        after: The same of the compressed one, measured: bytes as packed, bops of the
+            bits that its codes need. The plan's are predictions.
         plan: Its plan.
         predicted_loss_rise: What the plan predicted, nats.
         measured_loss_rise: Mean KL divergence to the dense model on the data, or None.
@@ -89,6 +94,8 @@ class Report:
             "after": self.after,
             "predicted_loss_rise": self.predicted_loss_rise,
             "measured_loss_rise": self.measured_loss_rise,
+            "predicted_bytes": self.plan.size_bytes,
+            "predicted_bops": self.plan.bops,
             "plan": self.plan.summary(),
         }
 
@@ -115,9 +122,11 @@ def report(
 ) -> Report:
     """Compare a dense model with its compressed copy.
 
+    Both are left as they are; batches are moved to the device of each.
+
     Args:
         model: The dense network.
-        small: What ``apply``, ``compress``, ``finetune`` or ``load(trainable=True)`` made.
+        small: What ``apply``, ``compress`` or ``load(…, trainable=True)`` returned.
         loader: Labelled batches to score both on; can be iterated several times.
         sensitivity: Adds the front of size against predicted loss.
         notes: Further lines to show.
@@ -127,21 +136,31 @@ def report(
         The comparison.
 
     Raises:
-        PlanMismatchError: ``small`` is not compressed.
+        PlanMismatchError: ``small`` is not compressed, or the dense model or the
+            sensitivity belong to another network.
+        DataError: The batches have no labels, or labels that do not fit.
+        EmptyLoaderError: The loader yields nothing.
     """
     plan = plan_of(small)
+    plan.check({layer.name: layer.shape for layer in compressible_layers(model)})
+    if sensitivity is not None and set(sensitivity.names) != set(plan.levels):
+        raise PlanMismatchError(
+            "the sensitivity belongs to another model",
+            got=f"layers {', '.join(sensitivity.names[:4])}, …",
+            wanted=f"layers {', '.join(list(plan.levels)[:4])}, …",
+            fix="leave it out, or measure this model",
+        )
     before: dict[str, float] = {"bytes": dense_bytes(model)}
     after: dict[str, float] = {"bytes": len(packed_bytes(small))}
     rows = _rows(model, small)
     measured = None
     if loader is not None:
-        plain = copy.deepcopy(small)
-        for side, network in ((before, model), (after, plain)):
+        for side, network in ((before, model), (after, small)):
             score = evaluate(network, loader, progress=progress)
             side["accuracy"], side["loss"] = score.accuracy, score.loss
-        measured = divergence(model, plain, loader)
-        batch = next(iter(loader))
-        macs = count_macs(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
+        measured = divergence(model, small, loader, progress=progress)
+        inputs, _ = next(take(loader, 1))
+        macs = count_macs(model, inputs.to(device_of(model)))
         bits = {row.name: row.weight_bits for row in rows}
         before["bops"] = sum(bops(m, 32) for m in macs.values())
         after["bops"] = sum(bops(m, bits.get(n, 32)) for n, m in macs.items())
@@ -161,9 +180,11 @@ def report(
     )
 
 
-def _family(plan: Plan) -> Any:
-    families = {level.grid.family for level in plan.levels.values()}
-    return families.pop() if len(families) == 1 else "any"
+def _family(plan: Plan) -> Family:
+    steps = {level.grid.step is not None for level in plan.levels.values()}
+    if len(steps) > 1:
+        return "any"
+    return "step" if steps.pop() else "bits"
 
 
 def _rows(model: nn.Module, small: nn.Module) -> tuple[LayerRow, ...]:
@@ -173,7 +194,9 @@ def _rows(model: nn.Module, small: nn.Module) -> tuple[LayerRow, ...]:
     for coded in coded_weights(small):
         weight = coded.weight().flatten(1).float()
         count, original = coded.codes.numel(), dense[coded.name]
-        error = float((weight - original).square().sum() / original.square().sum().clamp(1e-30))
+        error = float(
+            (weight - original).square().sum() / original.square().sum().clamp(1e-30)
+        )
         largest = int(coded.codes.abs().max())
         level = coded.level
         rows.append(

@@ -11,9 +11,14 @@ from rich.table import Table
 if TYPE_CHECKING:
     from fitcompress.report.summary import Report
 
-__all__ = ["to_text", "totals"]
+__all__ = ["MOVED", "to_text", "totals"]
 
 WIDTH = 100
+MOVED = (
+    "moved: |ŵ − w|² / |w|², squared distance of the weights from the dense ones. "
+    "Compensation and\ntraining move them on purpose to keep the outputs; it does not "
+    "measure quality and may exceed 100 %."
+)
 
 
 def totals(report: Report) -> list[tuple[str, str, str, str]]:
@@ -32,7 +37,12 @@ def totals(report: Report) -> list[tuple[str, str, str, str]]:
         )
         change = after["loss"] - before["loss"]
         rows.append(
-            ("loss, nats", f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{change:+.4f}")
+            (
+                "loss, nats",
+                f"{before['loss']:.4f}",
+                f"{after['loss']:.4f}",
+                f"{change:+.4f}",
+            )
         )
     share = after["bytes"] / before["bytes"]
     rows.append(
@@ -45,16 +55,18 @@ def totals(report: Report) -> list[tuple[str, str, str, str]]:
     )
     if "bops" in after:
         share = after["bops"] / before["bops"]
-        rows.append(
-            ("BOPs", f"{before['bops']:.3g}", f"{after['bops']:.3g}", f"{100 * share:.2f} %")
-        )
+        planned = report.plan.bops
+        saved = f"{100 * share:.2f} %"
+        if planned:
+            saved += f", predicted {100 * planned / before['bops']:.2f} %"
+        rows.append(("BOPs", f"{before['bops']:.3g}", f"{after['bops']:.3g}", saved))
     measured = report.measured_loss_rise
     rows.append(
         (
             "loss rise, nats",
             f"predicted {report.predicted_loss_rise:.4g}",
             "" if measured is None else f"measured (KL) {measured:.4g}",
-            "prediction: rounded, uncompensated",
+            "prediction: before compensation",
         )
     )
     return rows
@@ -64,7 +76,7 @@ def to_text(report: Report) -> str:
     """Return the before ⇒ after tables as plain text."""
     layers = Table(title="Layers, before ⇒ after", title_justify="left")
     layers.add_column("layer", overflow="fold")
-    for column in ("weights", "grid", "bits/weight", "zeros", "bytes", "error"):
+    for column in ("weights", "grid", "bits/weight", "zeros", "bytes", "moved"):
         layers.add_column(column, justify="right")
     for row in report.layers:
         layers.add_row(
@@ -84,8 +96,9 @@ def to_text(report: Report) -> str:
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, color_system=None)
     console.print(layers)
+    console.print(MOVED, soft_wrap=True)
     console.print(whole)
-    console.print(f"Plan: {report.plan.summary()}", soft_wrap=True)
+    console.print(f"Plan, as predicted: {report.plan.summary()}", soft_wrap=True)
     for note in report.notes:
         console.print(note, soft_wrap=True, markup=False)
     return out.getvalue()

@@ -271,7 +271,7 @@ def test_a_compressed_model_can_be_compressed_further(net, loader) -> None:
 
 
 class Twice(nn.Module):
-    """One layer at two places, and windows folded into the batch."""
+    """One layer at two places, windows folded into the batch, an input by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(self.first(x.reshape(-1, 6)).relu())
-        return self.out(x.reshape(-1, 24))
+        return self.out(input=x.reshape(-1, 24))
 
 
 def test_layers_that_run_twice_and_folded_batches() -> None:

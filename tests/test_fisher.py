@@ -55,6 +55,17 @@ class Overwrites(nn.Module):
         return self.out(torch.tanh(x + y))
 
 
+class Named(nn.Module):
+    """Calls a layer with its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(input=self.inner(x).tanh())
+
+
 class Mean(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).mean(2)
@@ -107,6 +118,7 @@ CASES = {
     "reused layer": (Twice, (4,)),
     "folded batch": (Windows, (3, 4)),
     "overwritten input": (Overwrites, (4,)),
+    "input by name": (Named, (4,)),
     "in-place activation": (
         lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
         (4,),

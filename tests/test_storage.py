@@ -233,12 +233,11 @@ def test_every_truncation_is_refused(tiny, tiny_content, tmp_path) -> None:
 def test_every_flipped_bit_is_refused_or_harmless(tiny, tiny_content, tmp_path) -> None:
     harmless = 0
     for place in range(len(tiny)):
-        for bit in (0, 3, 7):
-            data = bytearray(tiny)
-            data[place] ^= 1 << bit
-            if not check_damaged(tmp_path / "f", bytes(data), tiny_content):
-                harmless += 1
-    assert harmless < 60  # the container's own label, "format: fitcompress"
+        data = bytearray(tiny)
+        data[place] ^= 1 << (place % 8)
+        if not check_damaged(tmp_path / "f", bytes(data), tiny_content):
+            harmless += 1
+    assert harmless < 20  # the container's own label, "format: fitcompress"
 
 
 @given(data=st.data())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.errors import CalibrationError
+from fitcompress.model.patches import layer_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -106,12 +107,18 @@ class Lockstep:
     def __enter__(self) -> Lockstep:
         for name, module in self._modules.items():
 
-            def wait(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            def wait(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                named: dict[str, Any],
+                name: str = name,
+            ) -> None:
                 for waiting in self._passes:
                     if waiting.owns_this_thread():
-                        waiting.arrive(name, args[0])
+                        waiting.arrive(name, layer_input(args, named))
 
-            self._handles.append(module.register_forward_pre_hook(wait))
+            handle = module.register_forward_pre_hook(wait, with_kwargs=True)
+            self._handles.append(handle)
         self._passes = [_Pass(self._model, x) for x in self._batches]
         return self
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fitcompress.errors import UnsupportedLayerError
 
-__all__ = ["output_columns", "patches"]
+__all__ = ["layer_input", "output_columns", "patches"]
+
+
+def layer_input(args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    """Return the input that a Linear or a convolution was called with."""
+    x = args[0] if args else named["input"]
+    assert isinstance(x, torch.Tensor)
+    return x
 
 
 def patches(

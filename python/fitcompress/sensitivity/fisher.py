@@ -26,7 +26,7 @@ from fitcompress.errors import (
     UnsupportedLayerError,
 )
 from fitcompress.model import patches
-from fitcompress.model.patches import output_columns
+from fitcompress.model.patches import layer_input, output_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,11 +189,14 @@ class FisherEstimator:
 
         def catch(layer: Layer) -> Callable[..., torch.Tensor]:
             def hook(
-                _: nn.Module, args: tuple[Any, ...], out: torch.Tensor
+                _: nn.Module,
+                args: tuple[Any, ...],
+                named: dict[str, Any],
+                out: torch.Tensor,
             ) -> torch.Tensor:
                 if not out.requires_grad:  # every earlier parameter is frozen
                     out = out.detach().requires_grad_()
-                x = args[0].detach()
+                x = layer_input(args, named).detach()
                 caught.append((layer, x.clone() if self._copy_inputs else x, out))
                 versions.append(x._version)
                 return out.clone()  # what follows may work in place
@@ -201,7 +204,8 @@ class FisherEstimator:
             return hook
 
         handles = [
-            layer.module.register_forward_hook(catch(layer)) for layer in self.layers
+            layer.module.register_forward_hook(catch(layer), with_kwargs=True)
+            for layer in self.layers
         ]
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:

@@ -1,37 +1,43 @@
 """The demo: handwritten digits, a small network, 5 % of its bytes.
 
-Every stage leaves a file in the output folder; a killed demo, started again with the same
-settings, goes on after the last finished stage and ends with the same numbers.
+Every stage leaves a file in the output folder; a killed demo, started again with the
+same settings, goes on after the last finished stage and ends with the same files. Each
+stage works on what the file of the one before holds, so that it makes no difference
+whether that was made just now.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 
 from fitcompress.compensate import apply
 from fitcompress.data import load_dataset
 from fitcompress.errors import FitcompressError, FormatError, OutputError
-from fitcompress.files import write_atomically
+from fitcompress.files import check_writable, write_atomically
 from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.model.costs import dense_bytes
+from fitcompress.quantize import remove
 from fitcompress.report import Report, report
 from fitcompress.search import Budget, Plan, search
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.table import Sensitivity
-from fitcompress.storage.save_load import load, save
-from fitcompress.train import evaluate, finetune
+from fitcompress.storage.save_load import load, packed_bytes, save
+from fitcompress.train import divergence, evaluate, finetune
 from fitcompress.train.supervised import train
+from fitcompress.versions import __version__
 from fitcompress.zoo import DigitsNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import nn
 
@@ -39,14 +45,17 @@ if TYPE_CHECKING:
 
 __all__ = ["DemoResult", "run_demo"]
 
-TRAIN_EPOCHS, TUNE_EPOCHS = 24, 6
-STAGES = (
+T = TypeVar("T")
+TRAIN_EPOCHS, BATCH = 24, 64
+TUNING: dict[str, Any] = {"epochs": 6, "lr": 3e-3, "norms": "frozen"}
+TRAINED, SENSITIVITY, PLAN = (
     "trained.safetensors",
     "sensitivity.safetensors",
     "plan.json",
-    "small.safetensors",
-    "tuned.safetensors",
 )
+SMALL, TUNED = "small.safetensors", "tuned.safetensors"
+STAGES = (TRAINED, SENSITIVITY, PLAN, SMALL, TUNED)
+SETTINGS, PAGE = "demo.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -65,104 +74,105 @@ class DemoResult:
 
 
 class _Demo:
-    def __init__(self, folder: Path, size: str, seed: int, say: Callable[[str], None]) -> None:
+    """The stages; each is read from its file, and made first if there is none."""
+
+    def __init__(
+        self, folder: Path, size: str, seed: int, say: Callable[[str], None]
+    ) -> None:
         self.folder, self.size, self.seed, self.say = folder, size, seed, say
         self.data: Dataset = load_dataset("digits")
         self.resumed: list[str] = []
+        self.exact = True
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def stage(self, name: str, make: Callable[[], Any], read: Callable[[], Any]) -> Any:
-        """Return what a former run left, or make it."""
+    def partial(self, name: str) -> Path:
+        return self.folder / f"{name}.partial"
+
+    def stage(self, name: str, make: Callable[[], None], read: Callable[[], T]) -> T:
+        """Return what the file of a stage holds; if it is made, later ones are void."""
         if self.path(name).exists():
             try:
                 found = read()
             except FitcompressError as error:
-                self.say(f"  {name} cannot be used and is made again: {error}")
+                self.say(f"    {name} cannot be used and is made again: {error}")
             else:
                 self.resumed.append(name)
                 return found
-        return make()
+        _forget(self.folder, STAGES[STAGES.index(name) + 1 :])
+        make()
+        return read()
 
     def trained(self) -> nn.Module:
-        path = self.path(STAGES[0])
+        path = self.path(TRAINED)
 
-        def make() -> nn.Module:
+        def make() -> None:
             torch.manual_seed(self.seed)
             model = DigitsNet()
-            train(model, self.data.training(64, self.seed), epochs=TRAIN_EPOCHS)
+            train(model, self.data.training(BATCH, self.seed), epochs=TRAIN_EPOCHS)
             write_atomically(path, safetensors.torch.save(model.state_dict()))
-            return model
 
         def read() -> nn.Module:
             model = DigitsNet()
             try:
                 model.load_state_dict(safetensors.torch.load_file(path))
-            except (safetensors.SafetensorError, RuntimeError) as error:
-                raise FormatError("damaged checkpoint") from error
+            except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+                raise FormatError("damaged checkpoint", got=path.name) from error
             return model.eval()
 
-        model: nn.Module = self.stage(STAGES[0], make, read)
-        return model
+        return self.stage(TRAINED, make, read)
 
     def sensitivity(self, model: nn.Module) -> Sensitivity:
-        path = self.path(STAGES[1])
+        path = self.path(SENSITIVITY)
 
-        def make() -> Sensitivity:
+        def make() -> None:
+            checkpoint = self.partial(SENSITIVITY)
             loader = self.data.calibration(self.seed)
-            table = measure(model, loader, seed=self.seed, checkpoint=f"{path}.partial")
-            table.save(path)
-            return table
+            measure(model, loader, seed=self.seed, checkpoint=checkpoint).save(path)
 
-        table: Sensitivity = self.stage(STAGES[1], make, lambda: Sensitivity.load(path))
-        return table
+        return self.stage(SENSITIVITY, make, lambda: Sensitivity.load(path))
 
     def plan(self, table: Sensitivity) -> Plan:
-        path = self.path(STAGES[2])
+        path = self.path(PLAN)
 
-        def make() -> Plan:
-            plan = search(table, Budget(size=self.size), method=Lagrangian())
-            plan.save(path)
-            return plan
+        def make() -> None:
+            search(table, Budget(size=self.size), method=Lagrangian()).save(path)
 
-        plan: Plan = self.stage(STAGES[2], make, lambda: Plan.load(path))
-        return plan
+        return self.stage(PLAN, make, lambda: Plan.load(path))
 
     def small(self, model: nn.Module, plan: Plan) -> nn.Module:
-        path = self.path(STAGES[3])
-
-        def make() -> nn.Module:
+        def make() -> None:
             loader = self.data.calibration(self.seed)
-            small = apply(model, plan, loader, checkpoint=f"{path}.partial")
-            save(small, path)
-            return small
+            small = apply(model, plan, loader, checkpoint=self.partial(SMALL))
+            save(small, self.path(SMALL))
 
-        small: nn.Module = self.stage(
-            STAGES[3], make, lambda: load(path, DigitsNet(), trainable=True)
-        )
-        return small
+        return self.stage(SMALL, make, lambda: self._load(SMALL))
 
     def tuned(self, model: nn.Module, small: nn.Module) -> nn.Module:
-        path = self.path(STAGES[4])
+        path = self.path(TUNED)
 
-        def make() -> nn.Module:
+        def make() -> None:
+            tuned = copy.deepcopy(small)
             finetune(
-                small,
-                self.data.training(64, self.seed),
-                epochs=TUNE_EPOCHS,
+                tuned,
+                self.data.training(BATCH, self.seed),
                 teacher=model,
                 validation=self.data.validating(),
-                checkpoint=f"{path}.partial",
+                checkpoint=self.partial(TUNED),
                 seed=self.seed,
+                **TUNING,
             )
-            save(small, path)
-            return small
+            save(tuned, path)
+            self.exact = _loads_exactly(path, tuned, self.data.test[0])
 
-        tuned: nn.Module = self.stage(
-            STAGES[4], make, lambda: load(path, DigitsNet(), trainable=True)
-        )
+        tuned = self.stage(TUNED, make, lambda: self._load(TUNED))
+        if TUNED in self.resumed:
+            self.exact = packed_bytes(tuned) == path.read_bytes()
         return tuned
+
+    def _load(self, name: str) -> nn.Module:
+        return load(self.path(name), DigitsNet(), trainable=True)
 
 
 def run_demo(
@@ -184,8 +194,8 @@ def run_demo(
     """
     Budget(size=size)
     start = time.monotonic()
-    _prepare(folder, {"size": size, "seed": seed})
     demo = _Demo(folder, size, seed, say)
+    _prepare(folder, {"size": size, "seed": seed})
     test = demo.data.testing()
     say("1/5 training a small convolutional network on handwritten digits")
     model = demo.trained()
@@ -194,7 +204,8 @@ def run_demo(
     say(f"    test accuracy {dense.accuracy:.2f} %, {before:,} bytes in float32")
     say("2/5 measuring Fisher sensitivity")
     table = demo.sensitivity(model)
-    say(f"    {table.samples} samples, {table.distortion[0].size} levels for each layer")
+    levels = table.distortion[0].size
+    say(f"    {table.samples} samples, {levels} levels for each layer")
     say(f"3/5 searching bits and sparsity of every layer for {size} of the bytes")
     plan = demo.plan(table)
     path = search(table, Budget(size=size), method=PathSearch())
@@ -203,19 +214,33 @@ def run_demo(
     say("4/5 compensating: no training")
     small = demo.small(model, plan)
     untrained = evaluate(small, test)
-    untrained_bytes = demo.path(STAGES[3]).stat().st_size
-    say(f"    test accuracy {untrained.accuracy:.2f} %, {untrained_bytes:,} bytes on disk")
+    small_bytes = demo.path(SMALL).stat().st_size
+    say(f"    test accuracy {untrained.accuracy:.2f} %, {small_bytes:,} bytes on disk")
     say("5/5 fine-tuning")
     tuned = demo.tuned(model, small)
-    packed = demo.path(STAGES[4])
-    exact = _loads_exactly(packed, tuned, demo.data.test[0])
-    seconds = time.monotonic() - start
+    validation = demo.data.validating()
+    far = [divergence(model, network, validation) for network in (small, tuned)]
+    helped = packed_bytes(tuned) != packed_bytes(small)
+    outcome = (
+        f"divergence on held-out data {far[0]:.4g} ⇒ {far[1]:.4g} nats"
+        if helped
+        else "it did not come closer to the dense network and is left out"
+    )
+    say(f"    {outcome}")
+    packed = demo.path(TUNED)
+    check = "read" if TUNED in demo.resumed else "loaded back"
+    wanted = (
+        "packed again, it gives the same bytes"
+        if TUNED in demo.resumed
+        else "every weight and output is bit-identical"
+    )
     notes = (
-        f"Without training: {untrained.accuracy:.2f} %, {untrained_bytes:,} bytes.",
-        f"Loaded back from {packed.name}: weights and outputs bit-identical: {exact}.",
+        f"Without training: {untrained.accuracy:.2f} %, {small_bytes:,} bytes.",
+        f"Fine-tuning: {outcome}.",
+        f"{packed.name} {check}: {wanted}: {'yes' if demo.exact else 'NO'}.",
     )
     result = report(model, tuned, test, sensitivity=table, notes=notes, progress=False)
-    page = demo.path("report.html")
+    page = demo.path(PAGE)
     result.html(page)
     if demo.resumed:
         say(f"    resumed from {', '.join(demo.resumed)}")
@@ -224,34 +249,62 @@ def run_demo(
         "accuracy_without_training": untrained.accuracy,
         "accuracy_after": result.after["accuracy"],
         "bytes_before": before,
-        "bytes_without_training": untrained_bytes,
+        "bytes_without_training": small_bytes,
         "bytes_after": packed.stat().st_size,
-        "bit_exact": exact,
+        "bit_exact": demo.exact,
+        "divergence_without_training": far[0],
+        "divergence_after": far[1],
+        "fine_tuning_kept": helped,
         "predicted_loss_rise": result.predicted_loss_rise,
         "measured_loss_rise": result.measured_loss_rise,
         "resumed": demo.resumed,
-        "seconds": seconds,
+        "seconds": time.monotonic() - start,
     }
     return DemoResult(result, values, page)
 
 
 def _loads_exactly(path: Path, model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a file holds every tensor and gives every output of ``model``."""
     again = load(path, DigitsNet())
+    found, wanted = again.state_dict(), remove(copy.deepcopy(model)).state_dict()
     with torch.no_grad():
-        return torch.equal(again(x), model.eval()(x))
+        outputs = torch.equal(again(x), model.eval()(x))
+    same = (torch.equal(found[key], wanted[key]) for key in wanted if key in found)
+    return outputs and found.keys() == wanted.keys() and all(same)
 
 
-def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Create the folder; forget stages that were made with other settings."""
+def _prepare(folder: Path, options: dict[str, Any]) -> None:
+    """Create the folder; forget stages that were made with other settings.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds files of somebody else.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot create {folder}", got=error.strerror, fix="choose another --out"
         ) from error
-    file = folder / "settings.json"
-    text = json.dumps(settings)
-    if not file.exists() or file.read_text() != text:
-        for name in STAGES:
-            (folder / name).unlink(missing_ok=True)
-        write_atomically(file, text.encode())
+    check_writable(folder / PAGE)
+    fixed = {"train_epochs": TRAIN_EPOCHS, "batch": BATCH, "tuning": TUNING}
+    settings = json.dumps({**options, **fixed, "version": __version__}).encode()
+    file = folder / SETTINGS
+    found = file.read_bytes() if file.is_file() else None
+    others = [name for name in STAGES if (folder / name).exists()]
+    if found is None and others:
+        raise OutputError(
+            f"{folder} holds files that the demo did not write",
+            got=", ".join(others),
+            wanted="an empty folder, or one of the demo",
+            fix="choose another --out",
+        )
+    if found != settings:
+        _forget(folder, STAGES)
+        write_atomically(file, settings)
+
+
+def _forget(folder: Path, stages: tuple[str, ...]) -> None:
+    """Remove the files of stages, finished or not."""
+    for name in stages:
+        (folder / name).unlink(missing_ok=True)
+        (folder / f"{name}.partial").unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The table of levels: against prune-then-quantize by hand, and as a file."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,7 +10,7 @@ import safetensors.numpy
 import torch
 
 import fitcompress as fc
-from fitcompress.errors import FormatError, OutputError
+from fitcompress.errors import FormatError, OptionError, OutputError
 from fitcompress.model import compressible_layers
 from fitcompress.sensitivity.fisher import FisherEstimator, sampled_label_loss
 from fitcompress.sensitivity.levels import SPARSITIES, layer_sparsities, step_ladder
@@ -34,7 +35,7 @@ def by_hand(weight: torch.Tensor, grid: fc.Grid, share: float) -> torch.Tensor:
         limit = 2 ** (grid.bits - 1) - 1
         delta = weight.abs().amax(1, keepdim=True) / limit
         quantized = (weight / delta).round().clamp(-limit, limit) * delta
-    count = round(share * weight.numel())
+    count = int(share * weight.numel())
     dropped = weight.abs().flatten().argsort(stable=True)[:count]
     quantized.view(-1)[dropped] = 0
     return quantized
@@ -139,7 +140,7 @@ def test_chosen_grids_and_sparsities(net, images) -> None:
     )
     assert table.grids == grids
     assert table.distortion.shape == (4, 3, 2)
-    with pytest.raises(ValueError, match="fixed-point bits first"):
+    with pytest.raises(ValueError, match="grids are out of order"):
         fc.measure(net, [images[:8]], grids=grids[::-1], progress=False)
 
 
@@ -228,3 +229,32 @@ def test_a_damaged_table_is_a_format_error(sensitivity, tmp_path, change) -> Non
     rewrite(sensitivity, file, change)
     with pytest.raises(FormatError):
         fc.Sensitivity.load(file)
+
+
+def test_a_flipped_bit_anywhere_is_noticed(net, tmp_path) -> None:
+    table = fc.measure(
+        net,
+        [torch.randn(8, 2, 6, 6)],
+        grids=(fc.Grid(bits=4), fc.Grid(step=0.1)),
+        sparsities=(0.0, 0.5),
+        progress=False,
+    )
+    path = tmp_path / "sensitivity.safetensors"
+    table.save(path)
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(good), 300, replace=False):
+        bad = bytearray(good)
+        bad[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(bad))
+        with contextlib.suppress(FormatError):
+            # A space in the header's padding may turn into another one's equal.
+            again = fc.Sensitivity.load(path)
+            assert np.array_equal(again.distortion, table.distortion)
+            assert np.array_equal(again.size_bits, table.size_bits)
+
+
+@pytest.mark.parametrize("sparsities", [(), (0.1, 0.5), (0.0, 0.5, 0.5), (0.0, 1.0)])
+def test_bad_sparsities_are_told_before_any_work(net, sparsities) -> None:
+    with pytest.raises(OptionError, match="sparsities are out of order"):
+        fc.measure(net, iter(()), sparsities=sparsities, progress=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from fitcompress.errors import OptionError
 from fitcompress.search.hull import front
 from fitcompress.search.problem import Choice, Problem
 
@@ -69,8 +70,12 @@ class Lagrangian:
                 problem.distortion * (relative ** (power - 1))[:, None, None]
             )
         if not only_steps:
-            msg = "compensated errors are known for steps only; use errors='rounded'"
-            raise ValueError(msg)
+            raise OptionError(
+                "compensated errors are known for steps only",
+                got="fixed-point grids",
+                wanted="family='step'",
+                fix="use errors='rounded'",
+            )
         weight = table.sizes * relative**power * max(overall, floor) / 24
         values = weight[:, None] * np.square(steps)[None, :]
         cells = np.broadcast_to(values[:, :, None], problem.cost.shape)

@@ -87,7 +87,8 @@ def sampled_label_loss(
     empirical one.
 
     Args:
-        output: Logits, [B, …, classes].
+        output: Logits, [B, classes], [B, T, classes], or [B, classes, H, W] and more,
+            as ``torch.nn.functional.cross_entropy`` takes images.
         generator: Draws the labels.
 
     Raises:
@@ -112,6 +113,8 @@ def sampled_label_loss(
             wanted="finite logits",
             fix="look for NaN in the inputs and for overflow in half precision",
         )
+    if output.dim() > 3:
+        output = output.movedim(1, -1)
     logits = output.flatten(0, -2)
     probability = logits.detach().softmax(-1).double()
     label = torch.multinomial(probability, 1, generator=generator).squeeze(1)

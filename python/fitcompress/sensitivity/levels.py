@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from fitcompress.errors import OptionError
 from fitcompress.sensitivity.table import Grid
 
 if TYPE_CHECKING:
@@ -13,7 +15,14 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["BITS", "SPARSITIES", "default_grids", "layer_sparsities", "step_ladder"]
+__all__ = [
+    "BITS",
+    "SPARSITIES",
+    "check_levels",
+    "default_grids",
+    "layer_sparsities",
+    "step_ladder",
+]
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -40,6 +49,32 @@ def default_grids(layers: Sequence[Layer]) -> tuple[Grid, ...]:
     """Return 8 … 2 bits, then the step ladder."""
     steps = tuple(Grid(step=s) for s in step_ladder(layers))
     return (*(Grid(bits=b) for b in BITS), *steps)
+
+
+def check_levels(grids: Sequence[Grid], sparsities: Sequence[float]) -> None:
+    """Raise unless grids and sparsities are in the order that tables need.
+
+    Raises:
+        OptionError: Grids are not bits, fine to coarse, then steps, fine to coarse; or
+            sparsities do not rise from 0 within [0, 1).
+    """
+    bits = [g.bits for g in grids if g.bits is not None]
+    steps = [g.step for g in grids if g.step is not None]
+    ordered = [Grid(bits=b) for b in sorted(bits, reverse=True)]
+    ordered += [Grid(step=s) for s in sorted(steps)]
+    if not grids or list(grids) != ordered:
+        raise OptionError(
+            "the grids are out of order",
+            got=", ".join(str(g) for g in grids) or "none",
+            wanted="bits from many to few, then steps from fine to coarse",
+        )
+    rising = all(a < b for a, b in pairwise(sparsities))
+    if not sparsities or sparsities[0] != 0 or not rising or sparsities[-1] >= 1:
+        raise OptionError(
+            "the sparsities are out of order",
+            got=", ".join(str(s) for s in sparsities) or "none",
+            wanted="numbers that rise from 0 and stay below 1",
+        )
 
 
 def layer_sparsities(

@@ -19,7 +19,12 @@ from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
 from fitcompress.sensitivity.fisher import FisherEstimator, Moments, sampled_label_loss
-from fitcompress.sensitivity.levels import SPARSITIES, default_grids, layer_sparsities
+from fitcompress.sensitivity.levels import (
+    SPARSITIES,
+    check_levels,
+    default_grids,
+    layer_sparsities,
+)
 from fitcompress.sensitivity.table import Grid, Sensitivity
 
 if TYPE_CHECKING:
@@ -87,6 +92,7 @@ def measure(
     if checkpoint is not None:
         check_writable(checkpoint)
     chosen = tuple(grids) if grids is not None else default_grids(layers)
+    check_levels(chosen, sparsities)
     batches, ahead = itertools.tee(loader)  # a generator must not lose its first batch
     first = next(take(ahead, samples))[0]
     del ahead
@@ -175,9 +181,6 @@ def _table(
 ) -> dict[str, Any]:
     bits = [g.bits for g in grids if g.bits is not None]
     steps = [g.step for g in grids if g.step is not None]
-    if grids != (*(Grid(bits=b) for b in bits), *(Grid(step=s) for s in steps)):
-        msg = "grids must list fixed-point bits first, then steps"
-        raise ValueError(msg)
     names = ("distortion", "nonzeros", "grid_length", "prune_length", "norm")
     columns: dict[str, list[Any]] = {
         n: [] for n in (*names, "size_bits", "weight_bits")

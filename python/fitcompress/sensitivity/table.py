@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,7 @@ class Sensitivity:
                 meta["grids"] = [[g.bits, g.step] for g in value]
             else:
                 meta[item.name] = value
+        meta["crc32"] = _checksum(meta, arrays)
         metadata = {"fitcompress.sensitivity": json.dumps(meta)}
         write_atomically(path, safetensors.numpy.save(arrays, metadata))
 
@@ -222,6 +224,11 @@ class Sensitivity:
                     wanted=VERSION,
                     fix="measure again with this version of fitcompress",
                 )
+            if meta.pop("crc32") != _checksum({"version": VERSION, **meta}, arrays):
+                raise FormatError(
+                    f"the checksum of {path} is wrong",
+                    fix="run `fitcompress measure` again",
+                )
             meta["grids"] = tuple(Grid(bits=b, step=s) for b, s in meta["grids"])
             meta["names"] = tuple(meta["names"])
             meta["shapes"] = tuple(tuple(s) for s in meta["shapes"])
@@ -242,3 +249,11 @@ class Sensitivity:
                 got=str(error)[:200],
                 fix="run `fitcompress measure` again",
             ) from error
+
+
+def _checksum(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> int:
+    crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(arrays):
+        described = f"{name} {arrays[name].dtype} {arrays[name].shape}".encode()
+        crc = zlib.crc32(arrays[name].tobytes(), zlib.crc32(described, crc))
+    return crc

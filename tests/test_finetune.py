@@ -15,7 +15,8 @@ from fitcompress.errors import (
     NonFiniteError,
     OptionError,
 )
-from fitcompress.quantize import fold_norms_, grid_of
+from fitcompress.model import compressible_layers
+from fitcompress.quantize import fold_norms_, grid_of, plan_of
 from fitcompress.quantize.leftovers import thaw_norms_
 from fitcompress.quantize.rate import Rate, code_lengths, rate_aware_codes
 from fitcompress.storage.save_load import packed_bytes
@@ -347,4 +348,38 @@ def test_thawing_undoes_folding() -> None:
     assert torch.allclose(norm.running_mean, inputs.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(
         norm.running_var, inputs.var((0, 2, 3), unbiased=False), rtol=1e-4
+    )
+
+
+def test_the_file_does_not_depend_on_torch_threads(compressed) -> None:
+    files = []
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        small = copy.deepcopy(compressed[1])
+        torch.set_num_threads(count)
+        try:
+            fc.finetune(
+                small, make_loader(), epochs=1, teacher=compressed[0], progress=False
+            )
+        finally:
+            torch.set_num_threads(before)
+        files.append(packed_bytes(small))
+    assert files[0] == files[1]
+
+
+def test_channels_last_models_end_on_their_grids(compressed) -> None:
+    net = compressed[0]
+    plain, last = copy.deepcopy(compressed[1]), copy.deepcopy(compressed[1])
+    last = last.to(memory_format=torch.channels_last)
+    for small in (plain, last):
+        fc.finetune(small, make_loader(), epochs=1, teacher=net, progress=False)
+    limit = plan_of(last).limit_bytes
+    assert len(packed_bytes(last)) <= limit
+    for layer in compressible_layers(last):
+        grid = grid_of(layer.module)
+        latent = layer.module.parametrizations.weight.original
+        assert torch.equal(latent, layer.module.weight)
+        assert grid is not None
+    assert divergence(net, last, make_loader()) < 2 * divergence(
+        net, plain, make_loader()
     )

@@ -35,7 +35,7 @@ class Dataset:
     test: tuple[torch.Tensor, torch.Tensor]
     augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
-    def training(self, batch_size: int = 128, seed: int = 0) -> Batches:
+    def training(self, batch_size: int = 64, seed: int = 0) -> Batches:
         """Return shuffled, augmented training batches."""
         return Batches(
             *self.train,

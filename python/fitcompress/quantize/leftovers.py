@@ -140,4 +140,6 @@ def _complete(norm: _BatchNorm) -> bool:
 
 
 def _unit_variance(norm: _BatchNorm) -> float:
-    return float(torch.tensor(1.0 - norm.eps, dtype=torch.float32))
+    """Return 1 − ε as the norm's dtype holds it."""
+    dtype = torch.float32 if norm.running_var is None else norm.running_var.dtype
+    return float(torch.tensor(1.0 - norm.eps, dtype=dtype))

@@ -29,6 +29,7 @@ from fitcompress.progress import Bar
 from fitcompress.quantize import fold_norms_, plan_of, round_leftovers_
 from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.storage.save_load import packed_bytes
+from fitcompress.threads import threads
 from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.evaluation import check_logits, divergence, length_of
 from fitcompress.train.rate_control import RateControl
@@ -97,6 +98,7 @@ def finetune(
     norms: Literal["frozen", "batch"] = "batch",
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    thread_count: int = 2,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train a compressed model in place; it stays on its grids and within its budget.
@@ -124,6 +126,8 @@ def finetune(
             batch and estimates them anew at the end (norms in 16 bits stay frozen).
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Recorded in the checkpoint; the loader draws, not this function.
+        thread_count: Torch threads to train with, whatever torch is set to: the last
+            bits of weight gradients depend on their number, so it is a setting.
         progress: Show a bar with the time left.
 
     Returns:
@@ -142,11 +146,11 @@ def finetune(
         raise DataError(
             "nothing to train for", wanted="a teacher, a loss function, or both"
         )
-    _check_options(epochs, lr, norms)
+    _check_options(epochs, lr, norms, thread_count)
     plan = plan_of(small)
     if checkpoint is not None:
         check_writable(checkpoint)
-    key = f"{seed}-{lr}-{norms}"
+    key = f"{seed}-{lr}-{norms}-{thread_count}"
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().to(device_of(small))
         key += f"-{fingerprint(teacher, [])}"
@@ -158,9 +162,10 @@ def finetune(
     trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, limit)
     kept = False
     try:
-        trainer.prepare(batch_norms=norms == "batch")
-        losses = trainer.run(checkpoint, key, progress=progress)
-        kept = trainer.finish()
+        with threads(thread_count):
+            trainer.prepare(batch_norms=norms == "batch")
+            losses = trainer.run(checkpoint, key, progress=progress)
+            kept = trainer.finish()
         if teacher is not None and validation is not None and before is not None:
             after = divergence(teacher, small, validation, progress=progress)
             kept = kept and after <= before
@@ -174,7 +179,9 @@ def finetune(
     return FinetuneResult(before, after, kept, losses)
 
 
-def _check_options(epochs: int, lr: float, norms: str) -> None:
+def _check_options(epochs: int, lr: float, norms: str, thread_count: int) -> None:
+    if thread_count < 1:
+        raise OptionError("training needs a thread", got=thread_count, wanted="≥ 1")
     if epochs < 1:
         raise OptionError(
             "there is nothing to train", got=f"epochs={epochs}", wanted="≥ 1"

@@ -52,9 +52,12 @@ class RateControl:
         self._price()
 
     def latent(self, module: nn.Module) -> torch.Tensor:
-        """Return the latent weight of a module, [rows, columns]."""
+        """Return the latent weight of a module, [rows, columns]; maybe a copy."""
+        return self._original(module).flatten(1)
+
+    def _original(self, module: nn.Module) -> torch.Tensor:
         original: torch.Tensor = module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
-        return original.flatten(1)
+        return original
 
     @torch.no_grad()
     def entropy_bits(self) -> float:
@@ -124,7 +127,9 @@ class RateControl:
     def _harden(self, latents: list[torch.Tensor]) -> int:
         """Set weights to what their latent values round to; return the file's size."""
         for (module, grid), latent in zip(self.layers, latents, strict=True):
-            self.latent(module).copy_(grid.round(latent) * grid.scale.reshape(-1, 1))
+            rows = grid.round(latent) * grid.scale.reshape(-1, 1)
+            original = self._original(module)
+            original.copy_(rows.reshape(original.shape))
         rates = [grid.rate for _, grid in self.layers]
         self.release()
         size = len(packed_bytes(self.model))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fitcompress.progress import Bar
+from fitcompress.threads import threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from fitcompress.data.batches import Batches
 
 __all__ = ["train"]
+
+THREADS = 2  # the last bits of weight gradients depend on their number
 
 
 def train(
@@ -34,6 +37,14 @@ def train(
         lr: Peak learning rate.
         progress: Show a bar with the time left.
     """
+    with threads(THREADS):
+        _train(model, loader, epochs, lr, progress=progress)
+    model.eval()
+
+
+def _train(
+    model: nn.Module, loader: Batches, epochs: int, lr: float, *, progress: bool
+) -> None:
     steps = epochs * len(loader)
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -51,4 +62,3 @@ def train(
                 optimizer.step()
                 schedule.step()
                 bar.advance(note=f"loss {float(loss.detach()):.3f}")
-    model.eval()

@@ -67,9 +67,8 @@ def compress(
     tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
-        if (
-            budget.kind == "size"
-        ):  # what counts is the user's bound, not the tightened one
+        if budget.kind == "size":
+            # What counts is the user's bound, not the tightened one.
             plan = replace(plan, limit_bytes=budget.size_bytes(table.dense_bytes))
         try:
             return apply(model, plan, loader, samples=samples, progress=progress)
@@ -77,8 +76,7 @@ def compress(
             if attempt == RETRIES:
                 raise
             allowed = budget.size_bytes(table.dense_bytes)
-            # Below what the search believed the file to be, or it would find the same
-            # plan.
+            # Less than the search believed, or it would find the same plan again.
             believed = min(plan.size_bytes, tightened.size_bytes(table.dense_bytes))
             tightened = Budget(
                 size=int(believed * min(0.995, allowed / error.size_bytes))

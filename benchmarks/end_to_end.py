@@ -153,7 +153,7 @@ class Network:
         with stopwatch() as watch:
             outcome = fc.finetune(
                 small,
-                self.data.training(128, self.seed),
+                self.data.training(seed=self.seed),
                 epochs=EPOCHS,
                 teacher=self.model,
                 validation=self.data.validating(),

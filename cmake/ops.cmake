@@ -47,7 +47,13 @@ if(NOT FITCOMPRESS_CUDA STREQUAL "OFF")
 endif()
 if(CMAKE_CUDA_COMPILER)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)  # 120 also as PTX, for later ones
+    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE FITCOMPRESS_NVCC_TEXT)
+    string(REGEX MATCH "release ([0-9.]+)" _ "${FITCOMPRESS_NVCC_TEXT}")
+    if(CMAKE_MATCH_1 VERSION_LESS 12.8)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # the newest as PTX too, for later ones
+    else()
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
+    endif()
   endif()
   enable_language(CUDA)
   set(CUDA_EXACT

@@ -227,7 +227,7 @@ def test_the_whole_demo_keeps_its_promise(tmp_path, monkeypatch, capsys) -> None
     command(tmp_path / "out", json=tmp_path / "values.json")
     values = json.loads((tmp_path / "values.json").read_text())
     assert values["accuracy_before"] > 98
-    assert values["accuracy_after"] >= 0.985 * values["accuracy_before"]
+    assert values["accuracy_before"] - values["accuracy_after"] <= 1.0
     assert values["bytes_after"] <= 0.05 * values["bytes_before"]
     assert values["fine_tuning_kept"]
     assert values["measured_loss_rise"] < values["predicted_loss_rise"]

@@ -81,6 +81,8 @@ def test_finetuning_lowers_the_divergence_within_the_budget(compressed) -> None:
         make_loader(),
         epochs=12,
         lr=1e-3,
+        float_lr=1e-2,
+        norms="frozen",
         teacher=net,
         validation=make_loader(),
         progress=False,
@@ -88,7 +90,7 @@ def test_finetuning_lowers_the_divergence_within_the_budget(compressed) -> None:
     assert result.kept
     assert result.before == pytest.approx(before)
     assert result.after is not None
-    assert result.after < 0.9 * before
+    assert result.after < 0.95 * before
     assert result.after == pytest.approx(divergence(net, small, make_loader()))
     budget = fc.Budget(size="12%").size_bytes(
         4 * sum(p.numel() for p in net.parameters())

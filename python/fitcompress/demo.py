@@ -47,7 +47,12 @@ __all__ = ["DemoResult", "run_demo"]
 
 T = TypeVar("T")
 TRAIN_EPOCHS, BATCH = 24, 64
-TUNING: dict[str, Any] = {"epochs": 6, "lr": 3e-3, "norms": "frozen"}
+TUNING: dict[str, Any] = {
+    "epochs": 6,
+    "lr": 5e-3,
+    "float_lr": 3e-3,
+    "norms": "frozen",
+}
 TRAINED, SENSITIVITY, PLAN = (
     "trained.safetensors",
     "sensitivity.safetensors",

@@ -22,15 +22,16 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         The path as a ``Path``.
 
     Raises:
-        OutputError: The folder is missing or not writable, or ``path`` is a folder.
+        OutputError: The folder is missing or not writable, or ``path`` is a folder, a
+            device or a pipe.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.exists() and not path.is_file():
         raise OutputError(
             f"cannot write {path}",
-            got="a folder",
-            wanted="a file name",
-            fix="name a file inside it",
+            got="a folder" if path.is_dir() else "no regular file",
+            wanted="the name of a file",
+            fix="name a file inside it" if path.is_dir() else "choose another name",
         )
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fitcompress-"):
@@ -59,8 +60,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OutputError: The folder is missing or not writable, or the disk is full.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary = check_writable(path), None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}-", delete=False

@@ -10,15 +10,17 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["threads"]
+__all__ = ["FIXED", "threads"]
+
+FIXED = 2  # threads of everything that decides on a plan or a file
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run a block with ``count`` torch threads and restore the former number.
 
-    Float64 factorisations split their sums by the number of threads, so the last bits
-    of a Cholesky factor, and with them now and then a code, would depend on it.
+    Products, gradients and factorisations split their sums by the number of threads, so
+    their last bits, and with them now and then a code, would depend on it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -16,6 +16,7 @@ from fitcompress.cli.app import (
     ModelOption,
     OutOption,
     SeedOption,
+    SizeOption,
     WeightsOption,
     app,
     console,
@@ -115,10 +116,19 @@ def finetune(
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the training data.")
     ] = TUNE["epochs"],
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TUNE["lr"],
+    size: SizeOption = TUNE["size"],
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate of weights, in steps.")
+    ] = TUNE["lr"],
+    float_lr: Annotated[
+        float, typer.Option(help="Peak learning rate of norms and biases.")
+    ] = TUNE["float_lr"],
     norms: Annotated[
         NormMode, typer.Option(help="Statistics of norms: fixed, or of each batch.")
     ] = NORMS,
+    threads: Annotated[
+        int, typer.Option(min=1, help="A setting: results depend on it.")
+    ] = TUNE["thread_count"],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = LOADER[
         "batch_size"
     ],
@@ -138,7 +148,10 @@ def finetune(
         epochs=epochs,
         teacher=teacher,
         validation=source.validating(),
+        size=size,
         lr=lr,
+        float_lr=float_lr,
+        thread_count=threads,
         norms="batch" if norms is NormMode.batch else "frozen",
         checkpoint=out.with_name(out.name + ".partial"),
         seed=seed,

@@ -32,6 +32,7 @@ from fitcompress.quantize import (
     row_scales,
 )
 from fitcompress.sensitivity.table import Grid
+from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     import os
@@ -90,7 +91,8 @@ def apply(
         checkpoint=checkpoint,
         progress=progress,
     )
-    small = fit(compressor, plan)
+    with threads(FIXED):
+        small = fit(compressor, plan)
     compressor.attempts.forget()
     return small
 

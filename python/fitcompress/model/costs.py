@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from fitcompress.model.layers import Layer, compressible_layers
 from fitcompress.model.modes import evaluating
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["bops", "count_macs", "dense_bytes", "overhead_bytes"]
 
@@ -71,8 +69,9 @@ def dense_bytes(model: nn.Module) -> int:
 def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
     """Return about what a packed file holds besides codes.
 
-    Two 16-bit numbers per channel of a batch norm, 16 bits for every other float, other
-    dtypes as they are; 4 bytes checksum per layer; about 20 bytes of index per tensor.
+    Two 16-bit numbers per channel of a batch norm, 16 bits for every other parameter,
+    buffers as they are, unless the state dict leaves them out; 4 bytes checksum per
+    layer; about 13 bytes of index per tensor.
     """
     coded = {id(layer.weight) for layer in layers}
     held = [layer.module for layer in layers if is_parametrized(layer.module, "weight")]
@@ -86,11 +85,18 @@ def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
         if isinstance(module, _BatchNorm) and norm and module.weight is not None:
             total, tensors = total + 4 * module.weight.numel(), tensors + 1
             continue
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        own = [*module.parameters(recurse=False), *_stored_buffers(module)]
         for tensor in own:
             if id(tensor) in coded or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            width = 2 if tensor.is_floating_point() else tensor.element_size()
+            rounded = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            width = 2 if rounded else tensor.element_size()
             total, tensors = total + width * tensor.numel(), tensors + 1
-    return total + 360 + 4 * len(layers) + 20 * (tensors + len(layers))
+    return total + 420 + 4 * len(layers) + 13 * (tensors + len(layers))
+
+
+def _stored_buffers(module: nn.Module) -> list[torch.Tensor]:
+    left_out = module._non_persistent_buffers_set
+    named = module.named_buffers(recurse=False)
+    return [buffer for name, buffer in named if name not in left_out]

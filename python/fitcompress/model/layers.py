@@ -132,15 +132,19 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise if a parameter or buffer of ``model`` is NaN or infinite.
+    """Raise if a parameter is NaN or infinite, or a buffer NaN.
+
+    Infinite buffers are common: masks of attention hold −∞.
 
     Raises:
         NonFiniteError: Names the first such tensor and counts its bad entries.
     """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
             continue
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        good = torch.isfinite(tensor) if name in parameters else ~torch.isnan(tensor)
+        bad = tensor.numel() - int(good.sum())
         if bad:
             raise NonFiniteError(
                 f"{name} has values that are NaN or infinite",

@@ -35,7 +35,11 @@ def search(
     family: Family | None = None,
     masks: bool | None = None,
 ) -> Plan:
-    """Return the plan with the smallest predicted loss rise under ``budget``.
+    """Return the plan that the method thinks hurts least under ``budget``.
+
+    For entropy-coded steps these are by default the errors that compensation leaves,
+    alike in all layers; the loss rise that the plan predicts is that of rounded weights
+    all the same. See :class:`fitcompress.methods.Lagrangian`.
 
     Args:
         sensitivity: What :func:`fitcompress.measure` returned.

@@ -26,6 +26,7 @@ from fitcompress.sensitivity.levels import (
     layer_sparsities,
 )
 from fitcompress.sensitivity.table import Grid, Sensitivity
+from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     import os
@@ -100,7 +101,7 @@ def measure(
     # What must be equal for a checkpoint to be continued.
     labels = "sampled" if loss_fn is None else "data"
     key = f"{fingerprint(model, layers)}-{labels}-{seed}-{samples}-{digest(first):08x}"
-    with evaluating(model):
+    with evaluating(model), threads(FIXED):
         moments = _moments(
             model,
             layers,

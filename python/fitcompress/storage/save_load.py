@@ -214,7 +214,8 @@ def load(
                 mask = (weight.codes != 0).reshape(weight.level.shape)
             grid = WeightGrid(weight.scale, q, mask)
             module = layers[name].module
-            attach_grid(module, grid, layers[name].weight.detach())
+            latent = layers[name].weight.detach()
+            attach_grid(module, grid.to(latent.device), latent)
         attach_plan(model, packed.plan)
     return model
 
@@ -338,8 +339,15 @@ def _leftovers(model: nn.Module) -> Leftovers:
     held = _grid_prefixes(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         module, found, _ = key.partition("parametrizations.weight.")
-        if key in skip or f"{module}{found}" in held or not torch.is_tensor(tensor):
+        if key in skip or f"{module}{found}" in held:
             continue
+        if not torch.is_tensor(tensor):
+            raise FormatError(
+                f"{key!r} cannot be stored",
+                got=f"extra state of type {type(tensor).__name__}",
+                wanted="tensors only",
+                fix="drop the module's get_extra_state, or store it beside the file",
+            )
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in owners:
             aliases[key] = owners[identity]

@@ -122,13 +122,15 @@ def divergence(
 
 
 def check_logits(out: Any) -> torch.Tensor:
-    """Return a model's output if it is a tensor of logits.
+    """Return a model's output if it is a tensor of logits, classes last.
+
+    Images, [B, classes, H, W] and more, have their classes moved there.
 
     Raises:
         DataError: It is something else.
     """
     if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
-        return out
+        return out.movedim(1, -1) if out.dim() > 3 else out
     raise DataError(
         "the model's output cannot be used as logits",
         got=tuple(out.shape) if torch.is_tensor(out) else type(out).__name__,

@@ -10,26 +10,34 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from fitcompress.data.batches import split_batch, take
+from fitcompress.data.batches import digest, split_batch, take
 from fitcompress.errors import (
+    BudgetExceededError,
     DataError,
     EmptyLoaderError,
     NonFiniteError,
     OptionError,
 )
 from fitcompress.files import check_writable
+from fitcompress.model.costs import dense_bytes
 from fitcompress.model.layers import fingerprint
 from fitcompress.progress import Bar
-from fitcompress.quantize import fold_norms_, plan_of, round_leftovers_
+from fitcompress.quantize import (
+    attach_plan,
+    fold_norms_,
+    plan_of,
+    round_leftovers_,
+)
 from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
+from fitcompress.search import Budget
 from fitcompress.storage.save_load import packed_bytes
-from fitcompress.threads import threads
+from fitcompress.threads import FIXED, threads
 from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.evaluation import check_logits, divergence, length_of
 from fitcompress.train.rate_control import RateControl
@@ -46,6 +54,7 @@ __all__ = ["FinetuneResult", "finetune"]
 CONTROL_EVERY = 25  # steps between two looks at the size
 SAVE_EVERY = 30.0  # seconds between checkpoints
 NORM_SAMPLES = 4096
+SPREAD = 0.45  # how far from the middle of its cell a weight may start, in steps
 WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
 TEMPERATURE = 4.0
 
@@ -94,11 +103,13 @@ def finetune(
     epochs: int = 3,
     teacher: nn.Module | None = None,
     validation: Iterable[Any] | None = None,
-    lr: float = 5e-4,
+    size: int | float | str | None = None,
+    lr: float = 0.0025,
+    float_lr: float = 5e-4,
     norms: Literal["frozen", "batch"] = "batch",
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    thread_count: int = 2,
+    thread_count: int = FIXED,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train a compressed model in place; it stays on its grids and within its budget.
@@ -120,12 +131,17 @@ def finetune(
         teacher: The dense model, whose outputs are the targets.
         validation: Held-out inputs. With a teacher: if the divergence from it has not
             fallen in the end, the start is restored.
-        lr: Peak learning rate.
+        size: What the packed file may take, as for ``Budget(size=…)``; None: what the
+            plan allows. A model that starts larger is squeezed in the first third of
+            the steps.
+        lr: Peak learning rate of the weights, in steps of their grids.
+        float_lr: Peak learning rate of what is on no grid: norms and biases.
         norms: ``"frozen"`` trains the two numbers per channel that folded norms have;
             ``"batch"`` gives them their statistics back, trains with those of each
             batch and estimates them anew at the end (norms in 16 bits stay frozen).
         checkpoint: File to save progress to and resume from; removed at the end.
-        seed: Recorded in the checkpoint; the loader draws, not this function.
+        seed: Seeds where weights start in their cells, and dropout; the loader draws
+            for itself.
         thread_count: Torch threads to train with, whatever torch is set to: the last
             bits of weight gradients depend on their number, so it is a setting.
         progress: Show a bar with the time left.
@@ -140,17 +156,18 @@ def finetune(
             not serve.
         EmptyLoaderError: The loader yields nothing.
         NonFiniteError: The loss is NaN or infinite.
+        BudgetExceededError: A model larger than ``size`` could not be squeezed into it.
         OutputError: The checkpoint cannot be written.
     """
     if teacher is None and loss_fn is None:
         raise DataError(
             "nothing to train for", wanted="a teacher, a loss function, or both"
         )
-    _check_options(epochs, lr, norms, thread_count)
+    _check_options(epochs, (lr, float_lr), norms, thread_count)
     plan = plan_of(small)
     if checkpoint is not None:
         check_writable(checkpoint)
-    key = f"{seed}-{lr}-{norms}-{thread_count}"
+    key = f"{seed}-{lr}-{float_lr}-{norms}-{thread_count}-{epochs}"
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().to(device_of(small))
         key += f"-{fingerprint(teacher, [])}"
@@ -159,35 +176,55 @@ def finetune(
         before = divergence(teacher, small, validation, progress=progress)
     start = {name: value.clone() for name, value in small.state_dict().items()}
     limit = plan.limit_bytes or len(packed_bytes(small))
-    trainer = _Trainer(small, loader, loss_fn, teacher, epochs, lr, limit)
-    kept = False
+    if size is not None:
+        limit = Budget(size=size).size_bytes(dense_bytes(small))
+    fits = len(packed_bytes(small)) <= limit
+    kept, trainer = False, None
     try:
-        with threads(thread_count):
-            trainer.prepare(batch_norms=norms == "batch")
+        trainer = _Trainer(
+            small, loader, loss_fn, teacher, epochs, (lr, float_lr), limit
+        )
+        with threads(thread_count), torch.random.fork_rng(devices=[]):
+            trainer.prepare(batch_norms=norms == "batch", seed=seed)
             losses = trainer.run(checkpoint, key, progress=progress)
             kept = trainer.finish()
         if teacher is not None and validation is not None and before is not None:
             after = divergence(teacher, small, validation, progress=progress)
-            kept = kept and after <= before
+            kept = kept and (after <= before or not fits)
     finally:
         if not kept:
-            trainer.rate.release()
+            if trainer is not None:
+                trainer.rate.release()
             small.load_state_dict(start)
             small.eval()
+    if kept and size is not None:
+        attach_plan(small, replace(plan, limit_bytes=limit))
+    if not kept and not fits:
+        found = len(packed_bytes(small))
+        raise BudgetExceededError(
+            "the model could not be squeezed into its budget",
+            size_bytes=found,
+            got=f"{found} bytes at the start",
+            wanted=f"at most {limit} bytes",
+            fix="start from a smaller file, or train longer",
+        )
     if checkpoint is not None:
         check_writable(checkpoint).unlink(missing_ok=True)
     return FinetuneResult(before, after, kept, losses)
 
 
-def _check_options(epochs: int, lr: float, norms: str, thread_count: int) -> None:
+def _check_options(
+    epochs: int, rates: tuple[float, float], norms: str, thread_count: int
+) -> None:
     if thread_count < 1:
         raise OptionError("training needs a thread", got=thread_count, wanted="≥ 1")
     if epochs < 1:
         raise OptionError(
             "there is nothing to train", got=f"epochs={epochs}", wanted="≥ 1"
         )
-    if not (0 < lr < math.inf):
-        raise OptionError("the learning rate must be positive", got=f"lr={lr}")
+    for lr in rates:
+        if not (0 < lr < math.inf):
+            raise OptionError("the learning rate must be positive", got=f"lr={lr}")
     if norms not in ("frozen", "batch"):
         raise OptionError(
             "unknown norms", got=repr(norms), wanted="'frozen' or 'batch'"
@@ -204,12 +241,12 @@ class _Trainer:
         loss_fn: Callable[[Any, Any], torch.Tensor] | None,
         teacher: nn.Module | None,
         epochs: int,
-        lr: float,
+        rates: tuple[float, float],
         limit: int,
     ) -> None:
         self.small, self.loader = small, loader
         self.loss_fn, self.teacher = loss_fn, teacher
-        self.epochs, self.lr = epochs, lr
+        self.epochs = epochs
         self.device = device_of(small)
         counted = length_of(loader)
         self.batches = sum(1 for _ in loader) if counted is None else counted
@@ -219,12 +256,31 @@ class _Trainer:
         self.rate = RateControl(small, limit)
         self.norms: list[nn.modules.batchnorm._BatchNorm] = []  # with batch statistics
         self.parameters = [p for p in small.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise OptionError(
+                "there is nothing to train",
+                got="no parameter with requires_grad",
+                fix="unfreeze the model",
+            )
         # Steps are smaller than what 16 bits can tell apart: these train as copies.
         self.trained = [p.detach().float() for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.trained, lr, betas=(0.9, 0.99))
+        # Adam moves every weight by about its rate: count it in steps of the grid.
+        steps = self.rate.step_sizes()
+        groups = [
+            {"params": [t], "peak": rates[0] * steps[p] if p in steps else rates[1]}
+            for p, t in zip(self.parameters, self.trained, strict=True)
+        ]
+        self.optimizer = torch.optim.Adam(groups, rates[1], betas=(0.9, 0.99))
 
-    def prepare(self, *, batch_norms: bool) -> None:
-        """Give folded norms their statistics back if they are to train with them."""
+    def prepare(self, *, batch_norms: bool, seed: int) -> None:
+        """Spread the weights over their cells; give norms their statistics back.
+
+        In the middle of its cell a weight needs half a step to change its code; spread
+        out, as before it was rounded, some need little, and gradients choose which.
+        """
+        torch.manual_seed(seed)
+        self.rate.spread(SPREAD)
+        self._copy_parameters()
         if not batch_norms:
             return
         inputs = take(self._pass(0), NORM_SAMPLES)
@@ -252,7 +308,8 @@ class _Trainer:
     ) -> list[float]:
         state = None
         if checkpoint is not None:
-            key = f"{key}-{self.total}-{self.rate.limit}"
+            first = next(take(self._pass(0), 1))[0]
+            key = f"{key}-{self.total}-{self.rate.limit}-{digest(first):08x}"
             state = TrainingState(
                 checkpoint, key, self.small, self.optimizer, self.rate
             )
@@ -285,7 +342,7 @@ class _Trainer:
         share = step / self.total
         warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.total))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * share))
         if step % CONTROL_EVERY == 0:
             self.rate.adjust(min(1.0, share / RAMP))
         x, y = split_batch(batch)

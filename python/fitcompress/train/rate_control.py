@@ -60,6 +60,19 @@ class RateControl:
         return original
 
     @torch.no_grad()
+    def spread(self, width: float) -> None:
+        """Move latent weights at random by up to ``width`` steps."""
+        for module, grid in self.layers:
+            original = self._original(module)
+            rows = torch.rand(original.shape).flatten(1).to(original.device) * 2 - 1
+            moved = rows * width * grid.scale.reshape(-1, 1)
+            original.add_(moved.reshape(original.shape).to(original.dtype))
+
+    def step_sizes(self) -> dict[torch.Tensor, float]:
+        """Return latent weight → mean step of its grid."""
+        return {self._original(m): float(grid.scale.mean()) for m, grid in self.layers}
+
+    @torch.no_grad()
     def entropy_bits(self) -> float:
         """Return the order-0 entropy of all codes as they are now, in bits."""
         codes = (grid.round(self.latent(module)) for module, grid in self.layers)

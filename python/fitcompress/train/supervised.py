@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fitcompress.progress import Bar
-from fitcompress.threads import threads
+from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from fitcompress.data.batches import Batches
 
 __all__ = ["train"]
-
-THREADS = 2  # the last bits of weight gradients depend on their number
 
 
 def train(
@@ -37,7 +35,7 @@ def train(
         lr: Peak learning rate.
         progress: Show a bar with the time left.
     """
-    with threads(THREADS):
+    with threads(FIXED):
         _train(model, loader, epochs, lr, progress=progress)
     model.eval()
 

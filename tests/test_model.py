@@ -211,7 +211,15 @@ def test_overhead_counts_two_numbers_per_folded_channel_and_biases(net) -> None:
     with_norm = overhead_bytes(net, compressible_layers(net))
     net.norm = nn.Identity()
     without = overhead_bytes(net, compressible_layers(net))
-    assert with_norm - without == 8 * 2 * 2 + 20
+    assert with_norm - without == 8 * 2 * 2 + 13  # and one index entry
+
+
+def test_overhead_counts_what_the_file_holds(net) -> None:
+    without = overhead_bytes(net, compressible_layers(net))
+    net.register_buffer("cache", torch.zeros(1000), persistent=False)
+    assert overhead_bytes(net, compressible_layers(net)) == without
+    net.register_buffer("kept", torch.zeros(1000))
+    assert overhead_bytes(net, compressible_layers(net)) == without + 4000 + 13
 
 
 def test_overhead_does_not_count_grids(net, small) -> None:

@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array, vstack
 
 import fitcompress as fc
-from fitcompress.errors import BudgetInfeasibleError, FitcompressError
+from fitcompress.errors import BudgetInfeasibleError, FitcompressError, OptionError
 from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.search.hull import front, lower_hull
 from fitcompress.search.problem import make_problem
@@ -288,9 +288,13 @@ def test_the_front_rises_from_the_cheapest_plan_to_the_best(
     loss = [p.distortion for p in plans]
     assert all(a > b for a, b in itertools.pairwise(loss))
     assert len(plans) > 5
-    with pytest.raises(BudgetInfeasibleError) as caught:
-        fc.search(sensitivity, fc.Budget(**{kind: 1}), family=family)
-    assert cost[0] == caught.value.smallest
+    if (kind, family) == ("bops", "step"):  # what a code takes is not known before
+        with pytest.raises(OptionError, match="no fixed number of bits"):
+            fc.search(sensitivity, fc.Budget(bops="50%"), family=family)
+    else:
+        with pytest.raises(BudgetInfeasibleError) as caught:
+            fc.search(sensitivity, fc.Budget(**{kind: 1}), family=family)
+        assert cost[0] == caught.value.smallest
     few = fc.pareto(sensitivity, kind=kind, family=family, method=FISHER, points=4)
     assert [few[0], few[-1]] == [plans[0], plans[-1]]
     assert len(few) == 4

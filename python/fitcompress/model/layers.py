@@ -132,9 +132,9 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise if a parameter is NaN or infinite, or a buffer NaN.
+    """Raise if a parameter or a norm's statistic is NaN or infinite, or a buffer NaN.
 
-    Infinite buffers are common: masks of attention hold −∞.
+    Other buffers may well be infinite: masks of attention hold −∞.
 
     Raises:
         NonFiniteError: Names the first such tensor and counts its bad entries.
@@ -143,7 +143,8 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
             continue
-        good = torch.isfinite(tensor) if name in parameters else ~torch.isnan(tensor)
+        strict = name in parameters or name.endswith(("running_mean", "running_var"))
+        good = torch.isfinite(tensor) if strict else ~torch.isnan(tensor)
         bad = tensor.numel() - int(good.sum())
         if bad:
             raise NonFiniteError(

@@ -133,12 +133,6 @@ def make_problem(
         OptionError: The table has no grid of that family.
     """
     family = family or ("step" if budget.kind == "size" else "bits")
-    if budget.kind == "bops" and family != "bits":
-        raise OptionError(
-            "entropy-coded steps have no fixed number of bits to bound",
-            got=f"a budget on bit operations with family={family!r}",
-            wanted="family='bits'",
-        )
     grids = np.array(
         [
             g

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from fitcompress.errors import OptionError
 from fitcompress.search.budget import Budget
 from fitcompress.search.hull import front
 from fitcompress.search.lagrangian import Lagrangian
@@ -56,9 +57,16 @@ def search(
 
     Raises:
         BudgetInfeasibleError: Names the smallest reachable cost.
-        OptionError: The sensitivity has no grid of that family.
+        OptionError: The sensitivity has no grid of that family, or steps are to meet a
+            bound on bit operations.
         SearchLimitError: The method gave up before it met the budget.
     """
+    if budget.kind == "bops" and family in ("step", "any"):
+        raise OptionError(
+            "entropy-coded steps have no fixed number of bits to bound",
+            got=f"a budget on bit operations with family={family!r}",
+            wanted="family='bits'",
+        )
     problem = make_problem(sensitivity, budget, family, masks)
     return problem.plan((method or Lagrangian()).solve(problem))
 

@@ -8,6 +8,7 @@ set_target_properties(fitcompress_torch_stub PROPERTIES OUTPUT_NAME torch
 add_library(fitcompress_ops MODULE
   csrc/common/isa.cpp
   csrc/compensate/error_feedback_sweep.cpp
+  csrc/compensate/input_moments.cpp
   csrc/distortion/distortion_table.cpp
   csrc/distortion/partition.cpp
   csrc/fisher/square_accumulate.cpp
@@ -15,6 +16,7 @@ add_library(fitcompress_ops MODULE
   csrc/torch/distortion_table.cpp
   csrc/torch/error_feedback_sweep.cpp
   csrc/torch/fake_quantize_prune.cpp
+  csrc/torch/input_moments.cpp
   csrc/torch/ops.cpp
   csrc/torch/parallel.cpp
   csrc/torch/square_accumulate.cpp
@@ -24,8 +26,8 @@ set_target_properties(fitcompress_ops PROPERTIES
 # No fused multiply-add unless a file asks for it: results are to have the same bits on every
 # instruction set.
 target_compile_options(fitcompress_ops PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
-set_source_files_properties(csrc/fisher/square_accumulate.cpp PROPERTIES
-  COMPILE_OPTIONS -ffp-contract=fast)
+set_source_files_properties(csrc/compensate/input_moments.cpp csrc/fisher/square_accumulate.cpp
+  PROPERTIES COMPILE_OPTIONS -ffp-contract=fast)
 # The stub must become a dependency although libtorch is loaded already, and nothing that it lacks
 # may stay undefined.
 target_link_options(fitcompress_ops PRIVATE -Wl,--no-as-needed -Wl,-z,defs -Wl,--exclude-libs,ALL)

@@ -28,4 +28,9 @@ std::tuple<Tensor, Tensor> fake_quantize_prune_backward(const Tensor& grad, cons
 Tensor error_feedback_sweep(const Tensor& weight, const Tensor& factor, const Tensor& scale,
                             const std::optional<Tensor>& mask, int64_t max_code);
 
+void input_moments_(const Tensor& second, const std::optional<Tensor>& cross, const Tensor& input,
+                    const std::optional<Tensor>& output, const std::vector<int64_t>& kernel,
+                    const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
+                    const std::vector<int64_t>& start, const std::vector<int64_t>& step);
+
 }  // namespace fitcompress

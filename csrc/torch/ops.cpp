@@ -19,11 +19,14 @@ constexpr const char* kSchemas[] = {
     "max_code) -> (Tensor, Tensor)",
     "error_feedback_sweep(Tensor weight, Tensor factor, Tensor scale, Tensor? mask, int max_code) "
     "-> Tensor",
+    "input_moments_(Tensor(a!) second, Tensor(b!)? cross, Tensor input, Tensor? output, int[] "
+    "kernel, int[] stride, int[] dilation, int[] start, int[] step) -> ()",
 };
 
 struct Kernel {
   const char* name;
   void (*function)(StableIValue*, uint64_t, uint64_t);
+  bool cpu_only = false;
 };
 
 constexpr Kernel kKernels[] = {
@@ -32,6 +35,7 @@ constexpr Kernel kKernels[] = {
     {"fake_quantize_prune", boxed<fake_quantize_prune>},
     {"fake_quantize_prune_backward", boxed<fake_quantize_prune_backward>},
     {"error_feedback_sweep", boxed<error_feedback_sweep>},
+    {"input_moments_", boxed<input_moments_>, true},
 };
 
 constexpr const char* kDevices[] = {
@@ -54,6 +58,7 @@ void register_ops() {
     check_torch(aoti_torch_library_init_impl("fitcompress", device, __FILE__, __LINE__, &kernels),
                 "the registration of kernels");
     for (const Kernel& kernel : kKernels) {
+      if (kernel.cpu_only && device != kDevices[0]) continue;
       check_torch(torch_library_impl(kernels, kernel.name, kernel.function, kAbiVersion),
                   kernel.name);
     }

@@ -32,7 +32,7 @@ int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_uint8();
 
-// Tensors. Sizes and data pointers are borrowed from the tensor.
+// Tensors. Sizes, strides and data pointers are borrowed from the tensor.
 AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle tensor, int64_t dim,
                                               const int64_t* sizes, const int64_t* strides,
                                               int64_t storage_offset, AtenTensorHandle* result);
@@ -49,6 +49,7 @@ AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* result);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* result);
 AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* result);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** result);
+AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** result);
 AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle tensor, bool* result);
 AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* result);
 

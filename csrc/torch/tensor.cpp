@@ -100,6 +100,11 @@ std::vector<int64_t> Tensor::sizes() const {
   return {sizes, sizes + dim()};
 }
 
+std::vector<int64_t> Tensor::strides() const {
+  const auto* strides = property<int64_t*>(aoti_torch_get_strides, handle_, "strides");
+  return {strides, strides + dim()};
+}
+
 int64_t Tensor::dim() const { return property<int64_t>(aoti_torch_get_dim, handle_, "dim"); }
 
 int64_t Tensor::numel() const { return property<int64_t>(aoti_torch_get_numel, handle_, "numel"); }

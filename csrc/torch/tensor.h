@@ -39,6 +39,7 @@ class Tensor {
   Tensor stable_argsort() const;
 
   std::vector<int64_t> sizes() const;
+  std::vector<int64_t> strides() const;  // in elements
   int64_t size(int64_t dim) const { return sizes()[static_cast<size_t>(dim)]; }
   int64_t dim() const;
   int64_t numel() const;

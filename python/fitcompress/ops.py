@@ -28,6 +28,7 @@ __all__ = [
     "error_feedback_sweep",
     "fake_quantize_prune",
     "has_cuda",
+    "input_moments_",
     "instruction_set",
     "pack_mask",
     "square_accumulate_",
@@ -211,6 +212,82 @@ def error_feedback_sweep(
     return codes
 
 
+def input_moments_(
+    second: Tensor,
+    cross: Tensor | None,
+    input: Tensor,
+    output: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    start: Sequence[int],
+    step: Sequence[int],
+) -> None:
+    """Add the second moments of a layer's inputs, and their products with its outputs.
+
+    For every sample, every group g and every place p = start + i·step, i = 0, 1, … of
+    the convolution's output, let a in R^{K+1} be the patch of the input that the weight
+    sees at p, ordered as `weight.flatten(1)`, and then a 1; y in R^O the outputs of the
+    group at p. Then
+
+        second[g] += Σ a aᵀ   and   cross[g] += Σ y aᵀ.
+
+    So the last column holds the sums of the inputs and the number of patches. Products
+    are summed in float32 over a few hundred patches, beyond that in float64; the
+    patches are never stored as a whole. On other devices than the CPU the twin in
+    `fitcompress.reference` runs, through the device's matrix product.
+
+    Args:
+        second: [G, K+1, K+1] float64; changed in place, on both sides of the diagonal.
+        cross: [G, O, K+1] float64; changed in place. None without an output.
+        input: [N, G·C, D, H, W] float32, padded already, with any strides;
+            K = C · kernel volume. A Linear's is [N, C, 1, 1, 1] with a kernel of 1.
+        output: [N, G·O, D', H', W'] float32, with any strides, where
+            D' = (D − dilation·(kernel − 1) − 1) // stride + 1, and so on.
+        kernel: Size of the kernel in depth, height and width.
+        stride: Stride of the convolution.
+        dilation: Dilation of the kernel.
+        start: First place taken, not negative; none are, if it is beyond the last.
+        step: Distance of the places taken, positive.
+
+    Raises:
+        ValueError: If shapes, types, devices or values do not fit.
+
+    Source: the normal equations of layer-wise reconstruction, as in Optimal Brain
+    Compression (Frantar, Singh and Alistarh, 2022, arXiv 2208.11580).
+    """
+    input = input.detach()
+    output = None if output is None else output.detach()
+    place = [list(part) for part in (kernel, stride, dilation, start, step)]
+    for name, tensor in (("cross", cross), ("input", input), ("output", output)):
+        if tensor is not None and tensor.device != second.device:
+            message = (
+                f"input_moments_: {name} must be on the device of second, "
+                f"{second.device}, got {tensor.device}"
+            )
+            raise ValueError(message)
+    if second.device.type == "cpu":
+        torch.ops.fitcompress.input_moments_(second, cross, input, output, *place)
+        return
+    # The native op checks the arguments, here with tensors that have no samples.
+    torch.ops.fitcompress.input_moments_(
+        _on_cpu(second, second.shape),
+        None if cross is None else _on_cpu(cross, cross.shape),
+        _on_cpu(input, (0, *input.shape[1:])),
+        None if output is None else _on_cpu(output, (0, *output.shape[1:])),
+        *place,
+    )
+    if output is not None and output.shape[0] != input.shape[0]:
+        message = (
+            f"input_moments_: output must have {input.shape[0]} samples like input, "
+            f"got {output.shape[0]}"
+        )
+        raise ValueError(message)
+    from fitcompress import reference  # it imports this module
+
+    reference.input_moments_(second, cross, input, output, *place)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a mask into bits, in the order of the flat contiguous mask.
 
@@ -259,6 +336,11 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] >> shifts) & 1
     return bits.flatten()[:count].bool().view(*shape)
+
+
+def _on_cpu(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of that type and shape that takes no memory to speak of."""
+    return torch.empty(1, dtype=like.dtype).as_strided(shape, [0] * len(shape))
 
 
 def _load_library() -> ctypes.CDLL:
@@ -331,6 +413,20 @@ def _fake_error_feedback_sweep(
     return weight.new_empty(weight.shape, dtype=torch.int32)
 
 
+def _fake_input_moments_(
+    second: Tensor,
+    cross: Tensor | None,
+    input: Tensor,
+    output: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    start: Sequence[int],
+    step: Sequence[int],
+) -> None:
+    pass
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, scale, mask, ctx.max_code = inputs
     ctx.save_for_backward(weight, scale, mask)
@@ -356,6 +452,7 @@ def _register_python_side() -> None:
         "fitcompress::fake_quantize_prune_backward", _fake_fake_quantize_prune_backward
     )
     register_fake("fitcompress::error_feedback_sweep", _fake_error_feedback_sweep)
+    register_fake("fitcompress::input_moments_", _fake_input_moments_)
     torch.library.register_autograd(
         "fitcompress::fake_quantize_prune", _backward, setup_context=_setup_context
     )

@@ -14,7 +14,7 @@ import torch
 from fitcompress.ops import DistortionTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -135,6 +135,57 @@ def error_feedback_sweep(
         error = (work[:, j] - code * delta) / factor[j, j]
         work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
     return codes
+
+
+def input_moments_(
+    second: Tensor,
+    cross: Tensor | None,
+    input: Tensor,
+    output: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    start: Sequence[int],
+    step: Sequence[int],
+) -> None:
+    """Add products of unfolded inputs, at most 64 MiB of them at a time."""
+    groups, width = second.shape[:2]
+    channels = input.shape[1] // groups
+    windows = input.view(input.shape[0], groups, channels, *input.shape[2:])
+    for dim, (size, by, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        windows = windows.unfold(3 + dim, apart * (size - 1) + 1, by)[..., ::apart]
+    places = [slice(a, None, b) for a, b in zip(start, step, strict=True)]
+    taken = (slice(None), *places)
+    # [N, D', H', W', G, C, kd, kh, kw] and [N, D', H', W', G, O]
+    windows = windows.permute(0, 3, 4, 5, 1, 2, 6, 7, 8)[taken]
+    if output is not None:
+        outputs = output.shape[1] // groups
+        output = output.view(output.shape[0], groups, outputs, *output.shape[2:])
+        output = output.permute(0, 3, 4, 5, 1, 2)[taken]
+    for tile in _tiles(windows.shape[:4], 2**24 // (groups * width)):
+        part = windows[tile]
+        rows = input.new_ones((*part.shape[:5], width))
+        rows[..., :-1].view(part.shape).copy_(part)
+        rows = rows.flatten(0, 3).transpose(0, 1)
+        upper = (rows.mT @ rows).triu_()
+        second += upper + upper.triu(1).mT
+        if cross is not None and output is not None:
+            cross += output[tile].flatten(0, 3).permute(1, 2, 0) @ rows
+
+
+def _tiles(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an index space into boxes of at most `limit` elements, but at least one."""
+    if math.prod(shape) == 0:
+        return
+    inner = math.prod(shape[1:])
+    here = max(1, limit // inner)
+    for first in range(0, shape[0], here):
+        mine = slice(first, first + here)
+        if inner <= limit or len(shape) == 1:
+            yield (mine, *[slice(None)] * (len(shape) - 1))
+        else:
+            for rest in _tiles(shape[1:], limit):
+                yield (mine, *rest)
 
 
 def _codes(weight: Tensor, delta: Tensor, max_code: int) -> Tensor:

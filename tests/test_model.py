@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fitcompress.errors import NoCompressibleLayerError, UnsupportedLayerError
-from fitcompress.model import compressible_layers, fingerprint, patches
+from fitcompress.model import compressible_layers, fingerprint, padded_input, patches
 from fitcompress.model.costs import bops, count_macs, dense_bytes, overhead_bytes
 from fitcompress.model.patches import output_columns
 
@@ -107,6 +107,36 @@ def test_weight_times_patches_is_the_convolution(dims, options) -> None:
         torch.testing.assert_close(product, output_columns(module, y))
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_windows_of_a_padded_input_are_what_the_weight_multiplies(
+    dims, options
+) -> None:
+    if dims == 3 and options.get("padding_mode") == "reflect":
+        options = {**options, "padding": 1}  # torch reflects 3-d inputs by less
+    torch.manual_seed(0)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    module = kind(4, 8, bias=False, **options)
+    x = torch.randn(2, 4, *(7, 9, 8)[:dims])
+    padded, kernel, stride, dilation = padded_input(module, x)
+    assert padded.dim() == 5
+    weight = module.weight.reshape(8, -1, *kernel)
+    y = nn.functional.conv3d(
+        padded, weight, None, stride, 0, dilation, groups=module.groups
+    )
+    torch.testing.assert_close(y.reshape(module(x).shape), module(x))
+    assert torch.equal(padded_input(module, x[0])[0], padded[:1])
+    assert padded_input(module, x.bfloat16())[0].dtype == torch.float32
+
+
+def test_the_padded_input_of_a_linear_layer_is_its_positions() -> None:
+    module, x = nn.Linear(3, 2), torch.randn(5, 4, 3)
+    padded, *window = padded_input(module, x)
+    assert torch.equal(padded, x.reshape(20, 3, 1, 1, 1))
+    assert window == [[1, 1, 1]] * 3
+    assert padded_input(module, x[0, 0])[0].shape == (1, 3, 1, 1, 1)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "slice"])
 def test_patches_of_an_input_in_any_layout(layout) -> None:
     torch.manual_seed(0)
@@ -155,6 +185,8 @@ def test_subsampling_leaves_at_least_one_position_per_dimension() -> None:
 def test_other_modules_cannot_be_unfolded() -> None:
     with pytest.raises(UnsupportedLayerError, match="Bilinear"):
         patches(nn.Bilinear(2, 2, 2), torch.zeros(1, 2))
+    with pytest.raises(UnsupportedLayerError, match="Bilinear"):
+        padded_input(nn.Bilinear(2, 2, 2), torch.zeros(1, 2))
 
 
 def test_multiply_accumulates_by_hand(net, images) -> None:

@@ -6,6 +6,13 @@ from fitcompress.model.layers import (
     compressible_layers,
     fingerprint,
 )
-from fitcompress.model.patches import patches
+from fitcompress.model.patches import padded_input, patches
 
-__all__ = ["Layer", "check_finite", "compressible_layers", "fingerprint", "patches"]
+__all__ = [
+    "Layer",
+    "check_finite",
+    "compressible_layers",
+    "fingerprint",
+    "padded_input",
+    "patches",
+]

@@ -7,6 +7,7 @@ set_target_properties(fitcompress_torch_stub PROPERTIES OUTPUT_NAME torch
 
 add_library(fitcompress_ops MODULE
   csrc/common/isa.cpp
+  csrc/compensate/beam_sweep.cpp
   csrc/compensate/error_feedback_sweep.cpp
   csrc/compensate/input_moments.cpp
   csrc/distortion/distortion_table.cpp
@@ -59,6 +60,7 @@ if(CMAKE_CUDA_COMPILER)
   endif()
   enable_language(CUDA)
   set(CUDA_EXACT
+    csrc/compensate/beam_sweep.cu
     csrc/compensate/error_feedback_sweep.cu
     csrc/distortion/distortion_table.cu
     csrc/quantize/fake_quantize_prune.cu)

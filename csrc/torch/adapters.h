@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor> fake_quantize_prune_backward(const Tensor& grad, cons
                                                         int64_t max_code);
 
 Tensor error_feedback_sweep(const Tensor& weight, const Tensor& factor, const Tensor& scale,
-                            const std::optional<Tensor>& mask, int64_t max_code);
+                            const std::optional<Tensor>& mask, int64_t max_code, int64_t beam,
+                            const std::optional<Tensor>& bits, double rate);
 
 void input_moments_(const Tensor& second, const std::optional<Tensor>& cross, const Tensor& input,
                     const std::optional<Tensor>& output, const std::vector<int64_t>& kernel,

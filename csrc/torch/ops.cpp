@@ -17,8 +17,8 @@ constexpr const char* kSchemas[] = {
     "fake_quantize_prune(Tensor weight, Tensor scale, Tensor? mask, int max_code) -> Tensor",
     "fake_quantize_prune_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? mask, int "
     "max_code) -> (Tensor, Tensor)",
-    "error_feedback_sweep(Tensor weight, Tensor factor, Tensor scale, Tensor? mask, int max_code) "
-    "-> Tensor",
+    "error_feedback_sweep(Tensor weight, Tensor factor, Tensor scale, Tensor? mask, int max_code, "
+    "int beam=1, Tensor? bits=None, float rate=0.0) -> Tensor",
     "input_moments_(Tensor(a!) second, Tensor(b!)? cross, Tensor input, Tensor? output, int[] "
     "kernel, int[] stride, int[] dilation, int[] start, int[] step) -> ()",
 };

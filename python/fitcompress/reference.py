@@ -122,19 +122,54 @@ def error_feedback_sweep(
     scale: Tensor,
     mask: Tensor | None = None,
     max_code: int = 0,
+    beam: int = 1,
+    bits: Tensor | None = None,
+    rate: float = 0.0,
 ) -> Tensor:
     """Quantize column by column and spread each error over the later columns."""
-    work = weight.clone()
-    delta = scale.reshape(-1).expand(weight.shape[0])
-    codes = torch.zeros_like(weight, dtype=torch.int32)
-    for j in range(weight.shape[1]):
-        code = _codes(work[:, j], delta, max_code)
+    rows, columns = weight.shape
+    delta = scale.reshape(-1, 1, 1).expand(rows, 1, 1)
+    limit = math.inf if max_code <= 0 else max_code
+    if bits is not None:
+        limit = min(limit, len(bits) // 2)
+    # [rows, paths, …], paths in order of cost; those that a row lacks cost infinity
+    work = weight[:, None].clone()
+    cost = weight.new_zeros(rows, 1)
+    codes = weight.new_zeros((rows, 1, columns), dtype=torch.int32)
+    for j in range(columns):
+        value = work[:, :, j, None]
+        position = value / delta
+        nearest = position.round().clamp(-limit, limit)
+        proposals = [nearest]
+        if beam > 1 or rate > 0:
+            proposals.append(nearest + torch.where(position > nearest, 1.0, -1.0))
+        if rate > 0:
+            proposals += [nearest - nearest.sign(), torch.zeros_like(nearest)]
+        code = torch.cat(proposals, 2)
+        free = delta > 0
         if mask is not None:
-            code = torch.where(mask[:, j].bool(), code, 0.0)
-        codes[:, j] = code.int()
-        error = (work[:, j] - code * delta) / factor[j, j]
-        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
-    return codes
+            free = free & mask[:, j, None, None].bool()
+        code = torch.where(free, code, 0.0)
+        left_out = code.abs() > limit
+        for second in range(len(proposals)):
+            for first in range(second):
+                left_out[..., second] |= code[..., first] == code[..., second]
+
+        error = (value - code * delta) / factor[j, j]
+        added = error * error
+        if bits is not None and rate > 0:
+            table = bits[code.clamp(-limit, limit).long() + len(bits) // 2]
+            added = added + rate * delta * delta * table
+        total = torch.where(left_out, math.inf, cost[..., None] + added).flatten(1)
+        cost, order = (part[:, :beam] for part in total.sort(dim=1, stable=True))
+
+        error = error.flatten(1).gather(1, order)[..., None]
+        parent = (order // len(proposals))[..., None].expand(-1, -1, columns)
+        codes = codes.gather(1, parent)
+        codes[:, :, j] = code.flatten(1).gather(1, order).int()
+        work = work.gather(1, parent)
+        work[:, :, j + 1 :] -= error * factor[j, j + 1 :]
+    return codes[:, 0]
 
 
 def input_moments_(

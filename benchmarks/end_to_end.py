@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 
 import fitcompress as fc
-from _harness import Result, Stopwatch, parser, start, stopwatch
 from fitcompress.cli.models import build_model, trained_model
 from fitcompress.data import load_dataset
 from fitcompress.demo import run_demo
 from fitcompress.errors import FitcompressError
 from fitcompress.model.costs import dense_bytes
 from fitcompress.train import divergence
+from harness import Result, Stopwatch, parser, start, stopwatch
 
 if TYPE_CHECKING:
     import argparse

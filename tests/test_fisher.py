@@ -66,6 +66,17 @@ class Named(nn.Module):
         return self.out(input=self.inner(x).tanh())
 
 
+class Sized(nn.Module):
+    """Asks a transposed convolution for one of the sizes that its stride allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mean = nn.ConvTranspose2d(2, 3, 2, 3), Mean()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mean(self.inner(x, output_size=(10, 9)).tanh())
+
+
 class Mean(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).mean(2)
@@ -114,6 +125,29 @@ CASES = {
         (2, 5, 5),
     ),
     "conv3d": (lambda: sequential(nn.Conv3d(2, 3, 2, stride=(1, 2, 1))), (2, 3, 4, 3)),
+    "transposed, 1d": (
+        lambda: sequential(
+            nn.ConvTranspose1d(4, 6, 4, 2, padding=1, groups=2), nn.Conv1d(6, 3, 2)
+        ),
+        (4, 5),
+    ),
+    "transposed, 2d": (
+        lambda: sequential(
+            nn.Conv2d(2, 4, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2, dilation=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 3, (1, 2), (3, 2), groups=3),
+        ),
+        (2, 4, 3),
+    ),
+    "transposed, 3d": (
+        lambda: sequential(
+            nn.ConvTranspose3d(2, 3, (2, 3, 1), (1, 2, 2), output_padding=(0, 1, 1))
+        ),
+        (2, 3, 2, 3),
+    ),
+    "output size of the call": (Sized, (2, 3, 3)),
     "batch norm": (normed, (2, 5, 5)),
     "reused layer": (Twice, (4,)),
     "folded batch": (Windows, (3, 4)),
@@ -140,8 +174,11 @@ def oracle(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Per-sample gradients of every parameter, [N, …], one sample at a time."""
-    parameters = {k: p.detach() for k, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    parameters = {k: p.detach().double() for k, p in model.named_parameters()}
+    buffers = {
+        k: b.double() if b.is_floating_point() else b for k, b in model.named_buffers()
+    }
+    x = x.double() if x.is_floating_point() else x
 
     def loss(values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor):
         out = functional_call(model, (values, buffers), (x[None],))
@@ -169,11 +206,13 @@ def test_moments_equal_per_sample_gradients(name) -> None:
     for layer in estimator.layers:
         key = f"{layer.name}.weight".removeprefix(".")
         squares = gradients[key].double().square()
-        wanted = squares.mean(0).flatten(1)
+        wanted = layer.matrix_of(squares.mean(0))
         measured = estimator.moments.diagonal(layer.name)
         torch.testing.assert_close(measured.double(), wanted, rtol=1e-4, atol=1e-9)
+        error = (measured - wanted).norm() / wanted.norm()
+        assert float(error) < 1e-6
         trace = estimator.moments.mean_trace(layer.name)
-        assert trace == pytest.approx(float(wanted.sum()), rel=1e-5)
+        assert trace == pytest.approx(float(wanted.sum()), rel=1e-6)
     with torch.no_grad():
         loss = float(cross_entropy(plain(x), y))
     assert estimator.moments.loss / 20 == pytest.approx(loss, rel=1e-5)

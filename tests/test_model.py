@@ -274,7 +274,95 @@ def test_the_fingerprint_knows_names_shapes_weights_and_buffers(net) -> None:
     assert of(nn.Sequential(net)) != of(net)
 
 
-def test_transposed_convolutions_are_left_alone() -> None:
-    assert names(nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Conv2d(2, 2, 1))) == [
-        "1"
-    ]
+TRANSPOSED = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "stride": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 2},
+    {"kernel_size": 2, "stride": 3, "dilation": 2, "groups": 4},  # gaps; depthwise
+    {"kernel_size": 3, "padding": 3, "stride": 2},  # more padding than kernel: cropped
+    {"kernel_size": 3, "dilation": 3, "output_padding": 2},
+    {"kernel_size": 1, "padding": 1, "stride": 3, "output_padding": 2},
+]
+
+
+def transposed(dims: int, inputs: int, outputs: int, **options) -> nn.Module:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    return kind(inputs, outputs, **options)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("options", TRANSPOSED, ids=str)
+def test_matrix_times_patches_is_the_transposed_convolution(dims, options) -> None:
+    torch.manual_seed(0)
+    module = transposed(dims, 4, 8, bias=False, **options)
+    (layer,) = compressible_layers(module)
+    x = torch.randn(2, 4, *(4, 5, 3)[:dims])
+    with torch.no_grad():
+        y = module(x)
+        assert (layer.rows, layer.columns) == (8, layer.size // 8)
+        matrix = layer.matrix().reshape(layer.groups, -1, layer.columns)
+        columns = patches(module, x)
+        product = torch.einsum("goi,gbpi->gbpo", matrix, columns)
+        torch.testing.assert_close(product, output_columns(module, y))
+        # The same from windows that are not unfolded.
+        padded, kernel, stride, dilation = padded_input(module, x)
+        weight = layer.matrix().reshape(8, -1, *kernel)
+        again = nn.functional.conv3d(
+            padded, weight, None, stride, 0, dilation, layer.groups
+        )
+        torch.testing.assert_close(again.reshape(y.shape), y)
+        assert torch.equal(padded_input(module, x[0])[0], padded[:1])
+
+
+def test_matrices_and_weights_of_transposed_convolutions_by_hand() -> None:
+    # Two groups of two inputs and one output, a kernel of two: [4, 1, 2].
+    module = nn.ConvTranspose1d(4, 2, 2, groups=2)
+    weight = torch.arange(8.0).reshape(4, 1, 2)
+    module.weight = nn.Parameter(weight)
+    (layer,) = compressible_layers(module)
+    assert layer.matrix().tolist() == [[1, 0, 3, 2], [5, 4, 7, 6]]
+    assert torch.equal(layer.weight_of(layer.matrix()), weight)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_matrix_goes_back_to_its_weight(dims, groups) -> None:
+    for module in (
+        transposed(dims, 8, 12, kernel_size=(2, 3, 4)[:dims], groups=groups),
+        nn.Conv2d(8, 12, (2, 3), groups=groups),
+    ):
+        (layer,) = compressible_layers(module)
+        weight = module.weight.detach()
+        matrix = layer.matrix_of(weight)
+        assert matrix.shape == (12, layer.columns)
+        assert torch.equal(layer.weight_of(matrix), weight)
+
+
+def test_patches_for_an_output_size_of_the_call() -> None:
+    torch.manual_seed(0)
+    module, x = (
+        nn.ConvTranspose2d(2, 3, 3, stride=2, bias=False),
+        torch.randn(1, 2, 4, 4),
+    )
+    y = module(x, output_size=(10, 9)).detach()
+    columns = patches(module, x, output_shape=y.shape)[0]
+    matrix = compressible_layers(module)[0].matrix()
+    torch.testing.assert_close(columns @ matrix.T, output_columns(module, y)[0])
+    padded = padded_input(module, x, output_shape=y.shape)[0]
+    assert padded.shape == (1, 2, 1, 12, 11)
+
+
+def test_multiply_accumulates_of_a_transposed_convolution_by_hand() -> None:
+    # Each of 4·5·5 input values meets 3 output channels of its group × 3×3.
+    module = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+    assert count_macs(module, torch.zeros(2, 4, 5, 5)) == {"": 100 * 27}
+
+
+def test_transposed_convolutions_that_do_something_else_are_left_alone() -> None:
+    class Scaled(nn.ConvTranspose1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    normed = nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(2, 2, 3))
+    assert names(nn.Sequential(Scaled(2, 2, 3), normed, nn.Linear(2, 2))) == ["2"]

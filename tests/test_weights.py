@@ -55,6 +55,29 @@ def test_a_scale_of_zero_makes_a_row_zero() -> None:
     assert grid_of(linear).codes(linear.weight).tolist() == [[0, 0, 0], [2, 2, 2]]
 
 
+def test_a_transposed_convolution_has_a_scale_for_every_output_channel() -> None:
+    # Two groups of two inputs and one output channel, a kernel of two.
+    weight = torch.tensor([[[2.0, 4]], [[6, 8]], [[1, 2]], [[3, 4]]])
+    module = nn.ConvTranspose1d(4, 2, 2, groups=2, bias=False)
+    mask = torch.tensor([[True, True, False, True], [True] * 4])
+    grid = WeightGrid(torch.tensor([2.0, 1.0]), 3, mask)
+    attach_grid(module, grid, weight)
+    # Columns are inputs, then the kernel back to front: row 0 is 4 2 8 6.
+    assert grid.codes(module.weight).tolist() == [[2, 1, 0, 3], [2, 1, 3, 3]]
+    wanted = torch.tensor([[[2.0, 4]], [[6, 0]], [[1, 2]], [[3, 3]]])
+    assert torch.equal(module.weight, wanted)
+    other = nn.ConvTranspose1d(4, 2, 2, groups=2, bias=False)
+    matrix = torch.tensor([[4.0, 2, 8, 6], [2, 1, 4, 3]])
+    attach_grid(other, WeightGrid(grid.scale, 3, mask), matrix)
+    assert torch.equal(other.weight, wanted)
+    module.weight.sum().backward()
+    # Straight through where neither mask nor range holds the weight.
+    gradient = module.parametrizations.weight.original.grad
+    assert gradient.tolist() == [[[1, 1]], [[1, 0]], [[1, 1]], [[1, 0]]]
+    fc.remove(module)
+    assert torch.equal(module.weight, wanted)
+
+
 def test_masks_and_ranges_hold() -> None:
     mask = torch.tensor([[True, False, True]])
     linear = nn.Linear(3, 1, bias=False)

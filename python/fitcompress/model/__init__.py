@@ -6,10 +6,12 @@ from fitcompress.model.layers import (
     compressible_layers,
     fingerprint,
 )
+from fitcompress.model.matrix_view import MatrixView
 from fitcompress.model.patches import padded_input, patches
 
 __all__ = [
     "Layer",
+    "MatrixView",
     "check_finite",
     "compressible_layers",
     "fingerprint",

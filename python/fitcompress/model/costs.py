@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from fitcompress.model.layers import Layer, compressible_layers
+from fitcompress.model.matrix_view import TRANSPOSED
 from fitcompress.model.modes import evaluating
+from fitcompress.model.patches import layer_input
 
 __all__ = ["bops", "count_macs", "dense_bytes", "overhead_bytes"]
 
@@ -19,7 +22,9 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Return the multiply-accumulates of every compressible layer for *one* sample.
 
     A convolution costs P·O·I (P output positions, O output channels, I inputs of one
-    output); a layer that is used twice counts twice.
+    output), a transposed one as many products as it really does: every value of its
+    input meets the kernel once for each output channel of its group. A layer that is
+    used twice counts twice.
 
     Args:
         model: The network.
@@ -34,15 +39,19 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     for layer in layers:
 
         def count(
-            _: nn.Module,
-            __: Any,
+            module: nn.Module,
+            args: tuple[Any, ...],
+            named: dict[str, Any],
             out: torch.Tensor,
-            name: str = layer.name,
-            columns: int = layer.columns,
+            layer: Layer = layer,
         ) -> None:
-            macs[name] += out.numel() * columns
+            if isinstance(module, TRANSPOSED):
+                x = layer_input(args, named)
+                macs[layer.name] += x.numel() * math.prod(layer.shape[1:])
+            else:
+                macs[layer.name] += out.numel() * layer.columns
 
-        handles.append(layer.module.register_forward_hook(count))
+        handles.append(layer.module.register_forward_hook(count, with_kwargs=True))
     try:
         with evaluating(model), torch.no_grad():
             model(inputs)

@@ -2,7 +2,7 @@
 
 A weight is seen as a matrix of ``rows`` output channels by ``columns`` inputs (input
 channels of the group × kernel positions): codes, masks, Fisher moments and compensation
-all work on that view, ``weight.flatten(1)``.
+all work on that view, see ``matrix_view``. The rows of an embedding are its entries.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fitcompress.errors import NoCompressibleLayerError, NonFiniteError
+from fitcompress.model.matrix_view import TRANSPOSED, MatrixView
 
 __all__ = ["Layer", "check_finite", "compressible_layers", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-COMPRESSIBLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+COMPRESSIBLE = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    *TRANSPOSED,
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,9 +60,14 @@ class Layer:
         return tuple(self.weight.shape)
 
     @property
+    def view(self) -> MatrixView:
+        """How the weight is a matrix."""
+        return MatrixView.of(self.module)
+
+    @property
     def rows(self) -> int:
         """Output channels."""
-        return self.shape[0]
+        return self.view.shape(self.shape)[0]
 
     @property
     def columns(self) -> int:
@@ -69,16 +81,25 @@ class Layer:
 
     def matrix(self) -> torch.Tensor:
         """The weight, detached, as a float32 matrix [rows, columns]."""
-        return self.weight.detach().flatten(1).float()
+        return self.matrix_of(self.weight.detach()).float()
+
+    def matrix_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the weight's shape as a matrix [rows, columns]."""
+        return self.view.matrix_of(tensor)
+
+    def weight_of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return a matrix [rows, columns] in the weight's shape."""
+        return self.view.weight_of(matrix, self.shape)
 
 
 def compressible_layers(model: nn.Module) -> list[Layer]:
     """Return the layers of ``model`` that can be compressed, in the order of the model.
 
-    Linear and 1-, 2- and 3-dimensional convolutions with any stride, padding, dilation
-    and groups. A weight that several modules share is left alone and stays in float,
-    and so do weights with a parametrization such as weight norm, and the projections of
-    ``nn.MultiheadAttention``, which are never called as layers.
+    Linear and 1-, 2- and 3-dimensional convolutions, transposed ones included, with any
+    stride, padding, dilation and groups. A weight that several modules share is left
+    alone and stays in float, and so do weights with a parametrization such as weight
+    norm, and the projections of ``nn.MultiheadAttention``, which are never called as
+    layers.
 
     Args:
         model: The trained network.
@@ -105,7 +126,7 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
         raise NoCompressibleLayerError(
             "the model has no layer that can be compressed",
             got=f"modules of type {', '.join(kinds)}",
-            wanted="a Linear, Conv1d, Conv2d or Conv3d with a float weight of its own",
+            wanted="a Linear or a convolution with a float weight of its own",
             fix="pass the network itself, not a scripted or quantized copy of it",
         )
     return layers
@@ -122,6 +143,10 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
             return True
         logger.info("%s has a parametrized weight and stays in float", name)
         return False
+    for kind in TRANSPOSED:
+        if isinstance(module, kind) and type(module).forward is not kind.forward:
+            logger.info("%s has a forward of its own and stays in float", name)
+            return False
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS:
         return False

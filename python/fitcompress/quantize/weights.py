@@ -2,10 +2,10 @@
 
     ŵ = mask ∘ Δ · clip(round(w / Δ), −q, q)
 
-with w the latent weight, one Δ for the tensor or one per output channel, and q = ∞ for
-entropy-coded steps. Any model, ``torch.compile``, ``state_dict`` and every training
-loop keep working; :func:`remove` gives plain modules back with exactly the same
-weights.
+with w the latent weight as a matrix [rows, columns] (see ``model.matrix_view``), one Δ
+for the tensor or one per row, and q = ∞ for entropy-coded steps. Any model,
+``torch.compile``, ``state_dict`` and every training loop keep working; :func:`remove`
+gives plain modules back with exactly the same weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fitcompress import ops
+from fitcompress.model.matrix_view import MatrixView
 from fitcompress.quantize.rate import Rate, rate_aware_codes
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ class WeightGrid(nn.Module):
     """Parametrization that puts a weight on a grid, with straight-through gradients.
 
     Args:
-        scale: Δ, float32, one number or one per output channel; 0 makes a row zero.
+        scale: Δ, float32, one number or one per row; 0 makes a row zero.
         max_code: q, the largest |code|; 0 for unbounded.
-        mask: What stays, bool in the weight's shape, or None for everything.
+        mask: What stays, bool in the order of the matrix, or None for everything.
 
     Attributes:
+        view: How the weight is a matrix; :func:`attach_grid` sets it.
         rate: What a bit costs while fine-tuning holds the size of the file; None
             otherwise.
     """
@@ -51,18 +53,20 @@ class WeightGrid(nn.Module):
         self.register_buffer("scale", scale.detach().float().reshape(-1).clone())
         self.register_buffer("mask", None if mask is None else ops.pack_mask(mask))
         self.max_code = max_code
+        self.view = MatrixView()
         self.rate: Rate | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight on the grid."""
+        rows = self.view.matrix_of(weight)
         if self.rate is None:
-            return ops.fake_quantize_prune(weight, self.scale, self.mask, self.max_code)
-        rows = weight.flatten(1)
+            rows = ops.fake_quantize_prune(rows, self.scale, self.mask, self.max_code)
+            return self.view.weight_of(rows, weight.shape)
         quantized = self.round(rows) * self.scale.reshape(-1, 1)
         straight = rows + (quantized - rows).detach()
         if self.mask is not None:
             straight = straight * ops.unpack_mask(self.mask, rows.shape)
-        return straight.to(weight.dtype).reshape(weight.shape)
+        return self.view.weight_of(straight.to(weight.dtype), weight.shape)
 
     @torch.no_grad()
     def round(self, rows: torch.Tensor) -> torch.Tensor:
@@ -80,8 +84,8 @@ class WeightGrid(nn.Module):
         return codes
 
     def codes(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Return the integers k of weights Δ·k on the grid, int32 [rows, columns]."""
-        rows = quantized.detach().flatten(1).float()
+        """Return the integers k of a weight Δ·k on the grid, int32 [rows, columns]."""
+        rows = self.view.matrix_of(quantized.detach()).float()
         scale = self.scale.reshape(-1, 1)
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
         return torch.where(
@@ -95,8 +99,17 @@ class WeightGrid(nn.Module):
 
 
 def attach_grid(module: nn.Module, grid: WeightGrid, weight: torch.Tensor) -> None:
-    """Put ``module.weight`` on ``grid``, with ``weight`` as its latent value."""
+    """Put ``module.weight`` on ``grid``.
+
+    Args:
+        module: Its class tells how its weight is a matrix.
+        grid: From now on of this weight.
+        weight: The latent value, in the weight's shape or as its matrix.
+    """
     parameter = cast("nn.Parameter", module.weight)
+    grid.view = MatrixView.of(module)
+    if weight.dim() == 2:
+        weight = grid.view.weight_of(weight, parameter.shape)
     with torch.no_grad():
         parameter.copy_(weight.reshape(parameter.shape).to(parameter.dtype))
     # unsafe: the op returns the same shape and dtype, a trial call would cost a pass.

@@ -192,7 +192,7 @@ def _rows(model: nn.Module, small: nn.Module) -> tuple[LayerRow, ...]:
     sizes = layer_bytes(small)
     rows = []
     for coded in coded_weights(small):
-        weight = coded.weight().flatten(1).float()
+        weight = coded.view.matrix_of(coded.weight()).float()
         count, original = coded.codes.numel(), dense[coded.name]
         error = float(
             (weight - original).square().sum() / original.square().sum().clamp(1e-30)

@@ -260,7 +260,7 @@ class FisherEstimator:
     ) -> None:
         # A layer that runs twice sums its gradients before they are squared: positions
         # of all uses stand side by side.
-        parts = [patches(layer.module, a) for a, _ in uses]
+        parts = [patches(layer.module, a, output_shape=e.shape) for a, e in uses]
         inputs = torch.cat([_by_sample(layer, p, batch) for p in parts], dim=2)
         parts = [output_columns(layer.module, e) for _, e in uses]
         grads = torch.cat([_by_sample(layer, p, batch) for p in parts], dim=2)

@@ -27,7 +27,8 @@ from fitcompress.errors import FormatError
 
 __all__ = ["Packed", "Section", "pack", "unpack"]
 
-VERSION = 1
+VERSIONS = (1, 2)
+TRANSPOSED_GROUPS = "transposed_groups"  # a key that readers of version 1 must not skip
 MAGIC = {"format": "fitcompress"}
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 
@@ -61,7 +62,8 @@ class Packed:
 def pack(packed: Packed) -> bytes:
     """Return the file's bytes."""
     entries = [{**s.entry, "bytes": len(s.payload)} for s in packed.sections]
-    index = {"version": VERSION, "plan": packed.plan, "sections": entries}
+    version = max(_version(entry) for entry in entries) if entries else 1
+    index = {"version": version, "plan": packed.plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
     payload = b"".join(
         s.payload + struct.pack("<I", zlib.crc32(s.payload)) for s in packed.sections
@@ -86,6 +88,8 @@ def unpack(data: bytes) -> Packed:
     for number, entry in enumerate(index["sections"]):
         if not isinstance(entry, dict):
             raise _damaged(f"section {number} has no description")
+        if _version(entry) > index["version"]:
+            raise _damaged(f"section {number} is of a later version than the file")
         length = entry.pop("bytes", None)
         if not isinstance(length, int) or isinstance(length, bool) or length < 0:
             raise _damaged(f"section {number} has no valid length", got=length)
@@ -139,12 +143,12 @@ def _index(data: bytes) -> dict[str, Any]:
         if isinstance(error, FormatError):
             raise
         raise _damaged("the index cannot be read", got=str(error)[:200]) from error
-    if not isinstance(index, dict) or index.get("version") != VERSION:
+    if not isinstance(index, dict) or not _known(index.get("version")):
         got = index.get("version") if isinstance(index, dict) else type(index).__name__
         raise FormatError(
             "a packed file of another version",
             got=got,
-            wanted=VERSION,
+            wanted=f"version {' or '.join(map(str, VERSIONS))}",
             fix="read it with the version of fitcompress that wrote it",
         )
     if not isinstance(index.get("plan"), dict) or not isinstance(
@@ -152,6 +156,15 @@ def _index(data: bytes) -> dict[str, Any]:
     ):
         raise _damaged("the index has no plan or no sections")
     return index
+
+
+def _version(entry: dict[str, Any]) -> int:
+    """Return the first version of the format that has this kind of section."""
+    return 2 if TRANSPOSED_GROUPS in entry else 1
+
+
+def _known(version: Any) -> bool:
+    return type(version) is int and version in VERSIONS
 
 
 def _damaged(what: str, *, got: object = None, wanted: object = None) -> FormatError:

@@ -9,7 +9,7 @@ import torch
 
 from fitcompress.errors import BudgetExceededError, FormatError, PlanMismatchError
 from fitcompress.files import check_writable, read_bytes, write_atomically
-from fitcompress.model import check_finite, compressible_layers
+from fitcompress.model import MatrixView, check_finite, compressible_layers
 from fitcompress.quantize import (
     WeightGrid,
     attach_grid,
@@ -194,6 +194,7 @@ def load(
     packed = read(path)
     state = packed.state()
     _check_state(state, _plain_state(model))
+    _check_views(packed, model)
     if trainable:
         packed.plan.check(
             {layer.name: layer.shape for layer in compressible_layers(model)}
@@ -211,7 +212,7 @@ def load(
             )
             mask = None
             if weight.level.sparsity:
-                mask = (weight.codes != 0).reshape(weight.level.shape)
+                mask = weight.codes != 0
             grid = WeightGrid(weight.scale, q, mask)
             module = layers[name].module
             latent = layers[name].weight.detach()
@@ -262,6 +263,19 @@ def _check_state(state: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
             )
 
 
+def _check_views(packed: PackedModel, model: nn.Module) -> None:
+    """Raise if a convolution is transposed, or grouped otherwise, on one side only."""
+    for name, weight in packed.weights.items():
+        view = MatrixView.of(model.get_submodule(name))
+        if view != weight.view:
+            raise PlanMismatchError(
+                f"the file and the model differ in the kind of layer {name!r}",
+                got=f"{view} in the model",
+                wanted=f"{weight.view} as in the file",
+                fix="build the model that was compressed, with the same options",
+            )
+
+
 def _plan(info: dict[str, Any], levels: dict[str, Level], size: int) -> Plan:
     try:
         limit = info.get("limit_bytes")
@@ -307,6 +321,7 @@ def coded_weights(model: nn.Module) -> list[CodedWeight]:
                     grid.scale.detach(),
                     smallest_name(weight),
                     replace(level, shape=shape),
+                    grid.view,
                 )
             )
     return coded

@@ -11,9 +11,10 @@ import torch
 
 from fitcompress import _core
 from fitcompress.errors import FormatError
+from fitcompress.model.matrix_view import MatrixView
 from fitcompress.search.plan import Level
 from fitcompress.sensitivity.table import Grid
-from fitcompress.storage.container import Section
+from fitcompress.storage.container import TRANSPOSED_GROUPS, Section
 from fitcompress.storage.tensors import (
     DTYPES,
     checked_shape,
@@ -31,13 +32,14 @@ __all__ = [
     "write_leftovers",
 ]
 
+PLAIN = MatrixView()
 MAX_CODES_PER_BYTE = 1 << 16  # more than the coder can reach: a longer tensor is a lie
 ALL_ZERO_BYTES, MAX_ZEROS = 2, 1 << 28  # all-zero tensors take two bytes of any size
 
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """A weight as integers and scales: weight = scale · codes, row by row.
+    """A weight as integers and scales: its matrix is scale · codes, row by row.
 
     Attributes:
         name: Qualified name of the module.
@@ -45,6 +47,7 @@ class CodedWeight:
         scale: float32 [1] or [rows].
         dtype: Name of the weight's dtype.
         level: Its level in the plan, with the weight's shape.
+        view: How the weight is a matrix.
     """
 
     name: str
@@ -52,6 +55,7 @@ class CodedWeight:
     scale: torch.Tensor
     dtype: str
     level: Level
+    view: MatrixView = PLAIN
 
     @property
     def key(self) -> str:
@@ -61,7 +65,7 @@ class CodedWeight:
     def weight(self) -> torch.Tensor:
         """Return the weight, exactly as the grid of the compressed model yields it."""
         values = self.codes.float() * self.scale.reshape(-1, 1)
-        return values.to(DTYPES[self.dtype]).reshape(self.level.shape)
+        return self.view.weight_of(values.to(DTYPES[self.dtype]), self.level.shape)
 
 
 def write_coded(weight: CodedWeight) -> Section:
@@ -77,6 +81,8 @@ def write_coded(weight: CodedWeight) -> Section:
         "scales": weight.scale.numel(),
         "loss": float(f"{level.distortion:.3g}"),
     }
+    if weight.view.transposed_groups:
+        entry[TRANSPOSED_GROUPS] = weight.view.transposed_groups
     if level.grid.bits is not None:
         entry["bits"] = level.grid.bits
     if level.sparsity:
@@ -103,9 +109,10 @@ def read_coded(section: Section) -> CodedWeight:
     ):
         raise FormatError("codes without a valid description", got=str(entry)[:200])
     shape = checked_shape(entry.get("shape"))
+    view = _view(entry, shape)
     scales: Any = entry.get("scales")
-    size, rows = math.prod(shape), shape[0] if shape else 0
-    good = type(scales) is int and scales in (1, rows) and len(shape) > 1 and size > 0
+    size, rows = math.prod(shape), view.shape(shape)[0] if len(shape) > 1 else 0
+    good = type(scales) is int and scales in (1, rows) and size > 0 and rows > 0
     width = scales * DTYPES[stored].itemsize if good else 0
     if not good or size > _most_codes(len(payload) - width):
         raise FormatError(
@@ -129,7 +136,21 @@ def read_coded(section: Section) -> CodedWeight:
             got=int(np.abs(codes).max()),
             wanted=f"at most {largest}",
         )
-    return CodedWeight(name, torch.from_numpy(codes), scale, dtype, level)
+    return CodedWeight(name, torch.from_numpy(codes), scale, dtype, level, view)
+
+
+def _view(entry: dict[str, Any], shape: tuple[int, ...]) -> MatrixView:
+    if TRANSPOSED_GROUPS not in entry:
+        return PLAIN
+    groups = entry[TRANSPOSED_GROUPS]
+    good = type(groups) is int and groups > 0 and 3 <= len(shape) <= 5
+    if not good or shape[0] % groups:
+        raise FormatError(
+            f"the groups of {entry.get('name')!r} are impossible",
+            got=f"{groups!r} of shape {shape}"[:200],
+            wanted="a divisor of the first size of three to five",
+        )
+    return MatrixView(groups)
 
 
 def _most_codes(stream: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fitcompress.model import MatrixView
 from fitcompress.quantize import WeightGrid, grid_of, plan_of
 from fitcompress.quantize.rate import Rate, code_lengths
 from fitcompress.storage.save_load import layer_bytes, packed_bytes
@@ -53,7 +54,7 @@ class RateControl:
 
     def latent(self, module: nn.Module) -> torch.Tensor:
         """Return the latent weight of a module, [rows, columns]; maybe a copy."""
-        return self._original(module).flatten(1)
+        return MatrixView.of(module).matrix_of(self._original(module))
 
     def _original(self, module: nn.Module) -> torch.Tensor:
         original: torch.Tensor = module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
@@ -64,9 +65,11 @@ class RateControl:
         """Move latent weights at random by up to ``width`` steps."""
         for module, grid in self.layers:
             original = self._original(module)
-            rows = torch.rand(original.shape).flatten(1).to(original.device) * 2 - 1
+            shape = grid.view.shape(original.shape)
+            rows = torch.rand(shape).to(original.device) * 2 - 1
             moved = rows * width * grid.scale.reshape(-1, 1)
-            original.add_(moved.reshape(original.shape).to(original.dtype))
+            moved = grid.view.weight_of(moved, original.shape)
+            original.add_(moved.to(original.dtype))
 
     def step_sizes(self) -> dict[torch.Tensor, float]:
         """Return latent weight → mean step of its grid."""
@@ -142,7 +145,7 @@ class RateControl:
         for (module, grid), latent in zip(self.layers, latents, strict=True):
             rows = grid.round(latent) * grid.scale.reshape(-1, 1)
             original = self._original(module)
-            original.copy_(rows.reshape(original.shape))
+            original.copy_(grid.view.weight_of(rows, original.shape))
         rates = [grid.rate for _, grid in self.layers]
         self.release()
         size = len(packed_bytes(self.model))

@@ -66,6 +66,31 @@ class Named(nn.Module):
         return self.out(input=self.inner(x).tanh())
 
 
+class Tokens(nn.Module):
+    """Embeds tokens; three per sample, some of them twice."""
+
+    def __init__(self, positions: str = "") -> None:
+        super().__init__()
+        self.token = nn.Embedding(5, 4)
+        self.place = nn.Embedding(4, 4) if positions else None
+        self.positions = positions
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.token(x)
+        if self.place is not None:
+            # The same for all samples: without a batch dimension, with one of size one,
+            # or a scalar at a time.
+            places = torch.arange(x.shape[1])
+            if self.positions == "one":
+                hidden = hidden + self.place(places[None])
+            elif self.positions == "scalars":
+                hidden = hidden + torch.stack([self.place(i) for i in places])
+            else:
+                hidden = hidden + self.place(places)
+        return self.out(self.inner(hidden).tanh().mean(1))
+
+
 class Sized(nn.Module):
     """Asks a transposed convolution for one of the sizes that its stride allows."""
 
@@ -75,6 +100,18 @@ class Sized(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mean(self.inner(x, output_size=(10, 9)).tanh())
+
+
+class TokensOfTwo(nn.Module):
+    """Two lookups in one table, the samples' windows folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = self.table(x.reshape(-1, 2)).reshape(len(x), -1, 4)
+        return windows.sum(1) * self.table(x[:, 0])
 
 
 class Mean(nn.Module):
@@ -148,6 +185,18 @@ CASES = {
         (2, 3, 2, 3),
     ),
     "output size of the call": (Sized, (2, 3, 3)),
+    "embedding": (Tokens, [(3,), 5]),
+    "embedding of one token": (
+        lambda: nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)),
+        [(), 7],
+    ),
+    "embedding, twice": (
+        lambda: nn.Sequential(TokensOfTwo(), nn.Tanh(), nn.Linear(4, 3)),
+        [(6,), 5],
+    ),
+    "positions without batch": (lambda: Tokens("none"), [(4,), 5]),
+    "positions in a batch of one": (lambda: Tokens("one"), [(4,), 5]),
+    "positions one by one": (lambda: Tokens("scalars"), [(4,), 5]),
     "batch norm": (normed, (2, 5, 5)),
     "reused layer": (Twice, (4,)),
     "folded batch": (Windows, (3, 4)),
@@ -167,6 +216,8 @@ CASES = {
 def make_case(name: str, samples: int = 20) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     build, shape = CASES[name]
+    if isinstance(shape, list):  # of indices below the second number
+        return build().eval(), torch.randint(shape[1], (samples, *shape[0]))
     return build().eval(), torch.randn(samples, *shape)
 
 
@@ -230,6 +281,46 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
     for other in found[1:]:
         for name, squares in found[0].squares.items():
             torch.testing.assert_close(other.squares[name], squares, rtol=1e-4, atol=0)
+
+
+def test_positions_of_a_sequence_are_no_samples_even_if_they_are_as_many() -> None:
+    # Four positions, looked up once for four samples.
+    torch.manual_seed(0)
+    model, x = Tokens("none"), torch.randint(5, (4, 4))
+    wanted = FisherEstimator(model, compressible_layers(model))
+    for i in range(4):
+        wanted.update(x[i : i + 1], torch.tensor([i % 3]), cross_entropy)
+    found = FisherEstimator(model, compressible_layers(model))
+    found.update(x, torch.arange(4) % 3, cross_entropy)
+    assert found.moments.batches == 1
+    for name, squares in wanted.moments.squares.items():
+        assert torch.equal(found.moments.squares[name], squares)
+
+
+def test_samples_stay_together_when_every_layer_sees_them_apart() -> None:
+    model, x = make_case("embedding")
+    batches = []
+    model.token.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    estimator = FisherEstimator(model, compressible_layers(model))
+    for _ in range(2):
+        estimator.update(x, torch.zeros(20).long(), cross_entropy)
+    assert batches == [1, 2, 20, 20]
+
+
+def test_an_entry_for_padding_counts_like_any_other() -> None:
+    # Training never moves it, but the output depends on it.
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3))
+    padded = copy.deepcopy(plain)
+    padded[0].padding_idx = 2
+    x, y = torch.randint(5, (20, 3)), torch.arange(20) % 3
+    found = []
+    for model in (plain, padded):
+        estimator = FisherEstimator(model, compressible_layers(model))
+        estimator.update(x, y, cross_entropy)
+        found.append(estimator.moments.squares["0"])
+    assert found[0][2].sum() > 0
+    assert torch.equal(*found)
 
 
 def test_half_precision_is_accumulated_in_more() -> None:

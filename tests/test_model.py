@@ -58,7 +58,7 @@ def test_other_parametrizations_stay_in_float() -> None:
     "model",
     [
         nn.ReLU(),
-        nn.Embedding(3, 2),
+        nn.EmbeddingBag(3, 2),
         nn.Linear(2, 2).double(),
         nn.Sequential(nn.BatchNorm1d(3), nn.LSTM(3, 2)),
     ],
@@ -272,6 +272,31 @@ def test_the_fingerprint_knows_names_shapes_weights_and_buffers(net) -> None:
     net.norm.running_mean[0] += 1
     assert of(net) != before
     assert of(nn.Sequential(net)) != of(net)
+
+
+def test_embeddings_are_matrices_of_their_entries() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=1), nn.Linear(4, 4))
+    table, linear = compressible_layers(model)
+    assert (table.one_hot, linear.one_hot) == (True, False)
+    assert (table.rows, table.columns, table.groups) == (6, 4, 1)
+    assert torch.equal(table.matrix(), model[0].weight.detach())
+    assert count_macs(model, torch.zeros(2, 3).long()) == {"0": 0, "1": 3 * 16}
+    with pytest.raises(UnsupportedLayerError, match="Embedding"):
+        padded_input(model[0], torch.zeros(2, 3).long())
+
+
+def test_embeddings_that_do_more_than_look_up_stay_in_float() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(
+        nn.Embedding(6, 4, max_norm=1.0),
+        nn.Embedding(6, 4, sparse=True),
+        Scaled(6, 4),
+        nn.Embedding(6, 4, scale_grad_by_freq=True),
+    )
+    assert names(model) == ["3"]
 
 
 TRANSPOSED = [

@@ -593,7 +593,8 @@ def test_a_compressed_model_can_be_loaded_into(small, images, tmp_path) -> None:
 
 
 def test_codes_of_a_layer_that_is_not_compressible_are_refused(tmp_path) -> None:
-    # The file has codes of a Linear, the model an embedding of that name and shape.
+    # The file has codes of a Linear, the model an embedding of that name and shape that
+    # renormalises its entries.
     class Net(nn.Module):
         def __init__(self, first: nn.Module) -> None:
             super().__init__()
@@ -601,7 +602,7 @@ def test_codes_of_a_layer_that_is_not_compressible_are_refused(tmp_path) -> None
 
     small = rounded(Net(nn.Linear(4, 3, bias=False)), fc.Grid(bits=4))
     fc.save(small, tmp_path / "f")
-    other = Net(nn.Embedding(3, 4))
+    other = Net(nn.Embedding(3, 4, max_norm=1.0))
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(PlanMismatchError, match=r"'first'.*To fix it"):
         fc.load(tmp_path / "f", other, trainable=True)

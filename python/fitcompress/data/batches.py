@@ -12,7 +12,7 @@ from fitcompress.errors import DataError, EmptyLoaderError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Batches", "digest", "split_batch", "take"]
+__all__ = ["Batches", "digest", "part", "split_batch", "take"]
 
 
 def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
@@ -49,7 +49,7 @@ def take(
         x, y = split_batch(batch)
         if samples is not None and seen + len(x) > samples:
             keep = samples - seen
-            x, y = x[:keep], _cut(y, keep)
+            x, y = x[:keep], part(y, slice(keep))
         seen += len(x)
         if len(x):
             yield x, y
@@ -72,14 +72,14 @@ def digest(x: torch.Tensor, start: int = 0) -> int:
     )
 
 
-def _cut(y: Any, keep: int) -> Any:
-    """Return the targets of the first ``keep`` samples; containers are cut inside."""
+def part(y: Any, keep: slice) -> Any:
+    """Return the targets of some samples of a batch; containers are cut inside."""
     if isinstance(y, dict):
-        return {key: _cut(value, keep) for key, value in y.items()}
+        return {key: part(value, keep) for key, value in y.items()}
     if isinstance(y, (tuple, list)) and any(torch.is_tensor(value) for value in y):
-        cut = [_cut(value, keep) for value in y]
+        cut = [part(value, keep) for value in y]
         return type(y)(*cut) if hasattr(y, "_fields") else type(y)(cut)
-    return None if y is None else y[:keep]
+    return None if y is None else y[keep]
 
 
 class Batches:

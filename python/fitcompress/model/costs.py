@@ -23,8 +23,8 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     A convolution costs P·O·I (P output positions, O output channels, I inputs of one
     output), a transposed one as many products as it really does: every value of its
-    input meets the kernel once for each output channel of its group. A layer that is
-    used twice counts twice.
+    input meets the kernel once for each output channel of its group; an embedding
+    none. A layer that is used twice counts twice.
 
     Args:
         model: The network.
@@ -48,7 +48,7 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
             if isinstance(module, TRANSPOSED):
                 x = layer_input(args, named)
                 macs[layer.name] += x.numel() * math.prod(layer.shape[1:])
-            else:
+            elif not layer.one_hot:
                 macs[layer.name] += out.numel() * layer.columns
 
         handles.append(layer.module.register_forward_hook(count, with_kwargs=True))

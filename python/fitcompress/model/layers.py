@@ -29,6 +29,7 @@ COMPRESSIBLE = (
     nn.Conv2d,
     nn.Conv3d,
     *TRANSPOSED,
+    nn.Embedding,
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,13 +66,24 @@ class Layer:
         return MatrixView.of(self.module)
 
     @property
+    def one_hot(self) -> bool:
+        """Whether the layer looks rows of its weight up, as an embedding does.
+
+        Its inputs are indices, not numbers: each row is used alone and whole.
+        """
+        return isinstance(self.module, nn.Embedding)
+
+    @property
     def rows(self) -> int:
-        """Output channels."""
+        """Output channels; entries of an embedding."""
         return self.view.shape(self.shape)[0]
 
     @property
     def columns(self) -> int:
-        """Inputs of one output: input channels of its group × kernel positions."""
+        """Inputs of one output: input channels of its group × kernel positions.
+
+        Of an embedding, the length of an entry.
+        """
         return self.size // self.rows
 
     @property
@@ -96,10 +108,10 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
     """Return the layers of ``model`` that can be compressed, in the order of the model.
 
     Linear and 1-, 2- and 3-dimensional convolutions, transposed ones included, with any
-    stride, padding, dilation and groups. A weight that several modules share is left
-    alone and stays in float, and so do weights with a parametrization such as weight
-    norm, and the projections of ``nn.MultiheadAttention``, which are never called as
-    layers.
+    stride, padding, dilation and groups; embeddings, unless they renormalise their
+    entries or have sparse gradients. A weight that several modules share is left alone
+    and stays in float, and so do weights with a parametrization such as weight norm,
+    and the projections of ``nn.MultiheadAttention``, which are never called as layers.
 
     Args:
         model: The trained network.
@@ -126,7 +138,7 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
         raise NoCompressibleLayerError(
             "the model has no layer that can be compressed",
             got=f"modules of type {', '.join(kinds)}",
-            wanted="a Linear or a convolution with a float weight of its own",
+            wanted="a Linear, convolution or Embedding with a float weight of its own",
             fix="pass the network itself, not a scripted or quantized copy of it",
         )
     return layers
@@ -143,10 +155,15 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
             return True
         logger.info("%s has a parametrized weight and stays in float", name)
         return False
-    for kind in TRANSPOSED:
+    for kind in (*TRANSPOSED, nn.Embedding):
         if isinstance(module, kind) and type(module).forward is not kind.forward:
             logger.info("%s has a forward of its own and stays in float", name)
             return False
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.sparse
+    ):
+        logger.info("%s is renormalised or sparse and stays in float", name)
+        return False
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS:
         return False

@@ -7,6 +7,9 @@ and
     F = (1/N) Σ_i G_i ∘ G_i  ∈ R^{O×I},   T = Σ_j F_j   (nats²).
 
 Squares are taken per sample: the square of a batch's mean gradient is another number.
+
+An embedding's A_i are one-hot: row v of G_i is the sum of the output gradients at the
+positions of sample i that hold v.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fitcompress import ops
+from fitcompress.data.batches import part
 from fitcompress.errors import (
     CalibrationError,
     DataError,
@@ -140,6 +144,7 @@ class FisherEstimator:
         self.model, self.layers = model, layers
         self.moments = moments or Moments()
         self._copy_inputs = False
+        self._alone: bool | None = None
         for layer in layers:
             shape = (layer.rows, layer.columns)
             self.moments.squares.setdefault(
@@ -162,8 +167,60 @@ class FisherEstimator:
             CalibrationError: The loss does not depend on a layer.
             UnsupportedLayerError: A layer mixes samples.
         """
-        caught, loss, grads = self._gradients(x, y, loss_fn)
         batch = len(x)
+        if self._alone is None and batch > 1:
+            self._alone = self._shares_indices(x)
+        if self._alone:
+            singles = [slice(i, i + 1) for i in range(batch)]
+            losses = [self._update(x[i], part(y, i), loss_fn) for i in singles]
+            loss = sum(losses) / batch
+        else:
+            loss = self._update(x, y, loss_fn)
+        self.moments.samples += batch
+        self.moments.loss += loss * batch
+        self.moments.batches += 1
+        return loss
+
+    def _shares_indices(self, x: torch.Tensor) -> bool:
+        """Whether an embedding looks up the same for all samples of a batch at once.
+
+        As for the positions of a sequence: the gradient of what it returns is then a
+        sum over samples, which are apart only in batches of one.
+        """
+        found: list[list[int]] = []
+        for count in (1, 2):
+            lengths: list[int] = []
+
+            def note(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                named: dict[str, Any],
+                lengths: list[int] = lengths,
+            ) -> None:
+                shape = layer_input(args, named).shape
+                lengths.append(shape[0] if shape else 1)
+
+            handles = [
+                layer.module.register_forward_pre_hook(note, with_kwargs=True)
+                for layer in self.layers
+                if layer.one_hot
+            ]
+            try:
+                if handles:
+                    with torch.no_grad():
+                        self.model(x[:count])
+            finally:
+                for handle in handles:
+                    handle.remove()
+            found.append(lengths)
+        return found[1] != [2 * length for length in found[0]]
+
+    def _update(
+        self, x: torch.Tensor, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
+    ) -> float:
+        """Add the squares of one batch, and return its mean loss."""
+        batch = len(x)
+        caught, loss, grads = self._gradients(x, y, loss_fn)
         uses: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (layer, inputs, _), grad in zip(caught, grads, strict=True):
             if grad is not None:
@@ -176,10 +233,10 @@ class FisherEstimator:
                     wanted="a forward pass that reaches every compressible layer",
                     fix="pass data that exercise it, or take it out of the model",
                 )
-            self._add(layer, uses[layer.name], batch)
-        self.moments.samples += batch
-        self.moments.loss += loss * batch
-        self.moments.batches += 1
+            if layer.one_hot:
+                self._add_entries(layer, uses[layer.name], batch)
+            else:
+                self._add(layer, uses[layer.name], batch)
         return loss
 
     def _gradients(
@@ -266,24 +323,56 @@ class FisherEstimator:
         grads = torch.cat([_by_sample(layer, p, batch) for p in parts], dim=2)
         squares = self.moments.squares[layer.name]
         per_group = squares.view(layer.groups, -1, layer.columns)
-        trace = self.moments.trace[layer.name]
         for start in range(0, inputs.shape[1], CHUNK):
             chunk = slice(start, start + CHUNK)
             added = torch.zeros_like(per_group)
             for group in range(layer.groups):
                 e, a = grads[group, chunk], inputs[group, chunk]
                 ops.square_accumulate_(added[group], e.contiguous(), a.contiguous())
-            total = float(added.sum())
-            if not math.isfinite(total):
-                raise NonFiniteError(
-                    f"a gradient of layer {layer.name!r} is not finite",
-                    got=f"a sum of squares of {total}",
-                    wanted="finite gradients",
-                    fix="look for NaN in the data, and for overflow in half precision",
-                )
+            self._trace(layer, float(added.sum()), min(CHUNK, batch - start))
             per_group += added
-            mean = total / min(CHUNK, inputs.shape[1] - start)
-            trace += torch.tensor([total, mean * mean, 1.0], dtype=torch.float64)
+
+    def _add_entries(
+        self, layer: Layer, uses: list[tuple[torch.Tensor, torch.Tensor]], batch: int
+    ) -> None:
+        """Add the squares of an embedding, whose inputs are indices of its rows."""
+        samples = [a.shape[0] if a.dim() else 1 for a, _ in uses]  # or rows of them
+        parts = [
+            _by_sample(layer, a.reshape(1, n, -1, 1), batch)
+            for n, (a, _) in zip(samples, uses, strict=True)
+        ]
+        indices = torch.cat(parts, dim=2)[0, :, :, 0]
+        parts = [
+            _by_sample(layer, e.reshape(1, n, -1, layer.columns), batch)
+            for n, (_, e) in zip(samples, uses, strict=True)
+        ]
+        grads = torch.cat(parts, dim=2)[0]
+        squares = self.moments.squares[layer.name]
+        for start in range(0, batch, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            own, e = indices[chunk], grads[chunk].float()
+            # One number for a sample and an entry; few of all possible ones occur.
+            pairs = own + layer.rows * torch.arange(len(own))[:, None]
+            found, place = torch.unique(pairs.flatten(), return_inverse=True)
+            sums = torch.zeros(len(found), layer.columns)
+            sums.index_add_(0, place, e.flatten(0, 1))
+            added = sums.double().square()
+            self._trace(layer, float(added.sum()), len(own))
+            squares.index_add_(0, found % layer.rows, added)
+
+    def _trace(self, layer: Layer, total: float, samples: int) -> None:
+        """Count a chunk of samples whose squares sum to ``total``."""
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"a gradient of layer {layer.name!r} is not finite",
+                got=f"a sum of squares of {total}",
+                wanted="finite gradients",
+                fix="look for NaN in the data, and for overflow in half precision",
+            )
+        mean = total / samples
+        self.moments.trace[layer.name] += torch.tensor(
+            [total, mean * mean, 1.0], dtype=torch.float64
+        )
 
 
 def _by_sample(layer: Layer, columns: torch.Tensor, batch: int) -> torch.Tensor:

@@ -10,11 +10,9 @@ from torch import nn
 import fitcompress as fc
 from fitcompress.compensate import attempts, compressor
 from fitcompress.compensate.masks import magnitude_mask
-from fitcompress.compensate.statistics import second_moments
-from fitcompress.compensate.sweep import compensated_codes
 from fitcompress.data import Batches
 from fitcompress.errors import BudgetExceededError
-from fitcompress.model import Layer, compressible_layers, patches
+from fitcompress.model import compressible_layers
 from fitcompress.quantize import grid_of, plan_of
 from fitcompress.storage.save_load import packed_bytes
 from fitcompress.train import divergence
@@ -26,121 +24,6 @@ def plan_for(
     layers = compressible_layers(model)
     levels = {x.name: fc.Level(grid, sparsity, x.shape) for x in layers}
     return fc.Plan(levels, **changes)
-
-
-def layer_of(module: nn.Module) -> Layer:
-    return Layer("layer", module, getattr(module, "groups", 1))
-
-
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.Linear(5, 3), (7, 5)),
-        (nn.Linear(5, 3), (7, 4, 5)),
-        (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (5, 4, 6, 7)),
-        (nn.Conv2d(4, 4, 3, groups=4, padding="same"), (5, 4, 6, 6)),
-        (nn.Conv1d(3, 2, 4, dilation=2), (6, 3, 12)),
-        (nn.Conv3d(2, 2, 2), (3, 2, 3, 4, 3)),
-    ],
-    ids=repr,
-)
-def test_moments_equal_explicit_outer_products(module, shape) -> None:
-    torch.manual_seed(0)
-    dense, now = (list(torch.randn(2, *shape)) for _ in range(2))
-    h, c = second_moments(layer_of(module), dense, now)
-    a = torch.cat([patches(module, x).flatten(1, 2) for x in dense], 1).double()
-    b = torch.cat([patches(module, x).flatten(1, 2) for x in now], 1).double()
-    torch.testing.assert_close(
-        h, torch.einsum("gpi,gpj->gij", b, b) / a.shape[1], rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(
-        c, torch.einsum("gpi,gpj->gij", a, b) / a.shape[1], rtol=1e-5, atol=1e-6
-    )
-
-
-def test_many_positions_are_subsampled_evenly(monkeypatch) -> None:
-    from fitcompress.compensate import statistics
-
-    torch.manual_seed(0)
-    module, x = nn.Conv2d(1, 2, 2), torch.randn(8, 1, 33, 33)
-    whole, _ = second_moments(layer_of(module), list(x.split(2)), list(x.split(2)))
-    monkeypatch.setattr(statistics, "ENOUGH_ROWS", 200)
-    some, _ = second_moments(layer_of(module), list(x.split(2)), list(x.split(2)))
-    assert not torch.equal(whole, some)
-    torch.testing.assert_close(some, whole, rtol=0, atol=0.2)
-
-
-def test_large_batches_are_cut_without_a_difference(monkeypatch) -> None:
-    from fitcompress.compensate import statistics
-
-    torch.manual_seed(0)
-    module, x = nn.Conv2d(2, 2, 3), torch.randn(9, 2, 6, 6)
-    whole, _ = second_moments(layer_of(module), [x], [x])
-    monkeypatch.setattr(statistics, "CHUNK_ROWS", 40)
-    cut, _ = second_moments(layer_of(module), [x], [x])
-    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
-
-
-def correlated(samples: int, width: int) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randn(samples, width) @ torch.randn(width, width) / width**0.5
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("max_code", [0, 3])
-def test_compensated_outputs_are_closer_than_rounded_ones(groups, max_code) -> None:
-    x = correlated(500, 24).double()
-    weight = torch.randn(8, 24)
-    h = (x.T @ x / 500).expand(groups, 24, 24).clone()
-    scale = weight.abs().amax(1) / 3
-    codes = compensated_codes(weight, h, h, scale, max_code=max_code)
-    rounded = (weight / scale[:, None]).round()
-    if max_code:
-        assert codes.abs().max() <= max_code
-
-    def error(codes: torch.Tensor) -> float:
-        return float(((weight - codes * scale[:, None]).double() @ x.T).square().mean())
-
-    assert error(codes) < 0.7 * error(rounded)
-
-
-def test_masked_weights_stay_zero_and_others_make_up_for_them() -> None:
-    x = correlated(500, 24).double()
-    weight = torch.randn(8, 24)
-    mask = magnitude_mask(weight, 0.4)
-    h = (x.T @ x / 500)[None]
-    codes = compensated_codes(weight, h, h, torch.tensor([0.01]), mask=mask)
-    assert not codes[~mask].any()
-
-    def error(values: torch.Tensor) -> float:
-        return float(((weight - values).double() @ x.T).square().mean())
-
-    assert error(codes * 0.01) < 0.85 * error(weight * mask)
-
-
-def test_the_drift_of_inputs_is_corrected() -> None:
-    # The layers before have shrunk the inputs by a fifth: weights grow by a quarter.
-    x = correlated(4000, 6).double()
-    weight = torch.randn(3, 6)
-    now = 0.8 * x
-    h, c = (now.T @ now / 4000)[None], (x.T @ now / 4000)[None]
-    codes = compensated_codes(weight, h, c, torch.tensor([1e-3]), damping=1e-6)
-    torch.testing.assert_close(codes * 1e-3, weight / 0.8, rtol=0.01, atol=5e-3)
-
-
-def test_inputs_that_are_zero_or_degenerate_are_no_obstacle(caplog) -> None:
-    weight = torch.randn(3, 4)
-    zero = torch.zeros(1, 4, 4, dtype=torch.float64)
-    scale = torch.tensor([0.1])
-    codes = compensated_codes(weight, zero, zero, scale)
-    assert torch.equal(codes, (weight.double() / scale.double()).round().int())
-    one = torch.ones(1, 4, 4, dtype=torch.float64)  # all inputs are always equal
-    codes = compensated_codes(weight, one, one, scale)
-    total = (weight.sum(1) - 0.1 * codes.sum(1)).abs()
-    assert (total <= 0.06).all()
-    dead = torch.eye(4, dtype=torch.float64)[None].clone()
-    dead[0, 2, 2] = 0
-    assert compensated_codes(weight, dead, dead, scale).shape == (3, 4)
 
 
 def test_masks_drop_the_smallest_ties_by_position() -> None:
@@ -183,9 +66,8 @@ def test_weights_lie_on_the_levels_of_the_plan(net, images) -> None:
                 assert codes.abs().max() <= 2 ** (level.grid.bits - 1) - 1
             else:
                 assert grid.scale.tolist() == pytest.approx([level.grid.step])
-            dropped = magnitude_mask(net.get_submodule(name).weight, level.sparsity)
-            if dropped is not None:
-                assert not weight[~dropped.reshape(weight.shape)].any()
+            dropped = int(level.sparsity * weight.numel())
+            assert int((weight == 0).sum()) >= dropped
         kept = plan_of(small).levels
         assert {n: x.sparsity for n, x in kept.items()} == {
             n: x.sparsity for n, x in levels.items()
@@ -270,6 +152,11 @@ def test_a_compressed_model_can_be_compressed_further(net, loader) -> None:
     assert packed_bytes(once) == before
 
 
+def correlated(samples: int, width: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(samples, width) @ torch.randn(width, width) / width**0.5
+
+
 class Twice(nn.Module):
     """One layer at two places, windows folded into the batch, an input by name."""
 
@@ -307,7 +194,7 @@ def test_killed_and_resumed_gives_the_identical_model(
     plan = fc.search(sensitivity, fc.Budget(size=1100))
     whole = packed_bytes(fc.apply(net, plan, loader, progress=False))
     monkeypatch.setattr(attempts, "SAVE_EVERY", -1.0)
-    done, real = [], compressor.compensated_codes
+    done, real = [], compressor.quantize
 
     def killed(*args, **kwargs) -> torch.Tensor:
         if len(done) == survived:
@@ -317,7 +204,7 @@ def test_killed_and_resumed_gives_the_identical_model(
 
     file = tmp_path / "partial"
     with monkeypatch.context() as patch:
-        patch.setattr(compressor, "compensated_codes", killed)
+        patch.setattr(compressor, "quantize", killed)
         try:
             fc.apply(net, plan, loader, checkpoint=file, progress=False)
         except KilledError:
@@ -328,7 +215,7 @@ def test_killed_and_resumed_gives_the_identical_model(
         calls.append(kwargs["name"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compressor, "compensated_codes", counted)
+    monkeypatch.setattr(compressor, "quantize", counted)
     resumed = fc.apply(net, plan, loader, checkpoint=file, progress=False)
     assert packed_bytes(resumed) == whole
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Codes of finished layers on disk, so that a killed ``apply`` goes on where it was."""
+"""Finished layers on disk, so that a killed ``apply`` goes on where it was."""
 
 from __future__ import annotations
 
@@ -8,49 +8,64 @@ from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
+import torch
 
+from fitcompress.compensate.sweep import Quantized
 from fitcompress.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    import torch
-
 __all__ = ["Attempts"]
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 5.0  # seconds between two writes
+FIELDS = ("codes", "scale", "mask", "shift", "gain")
 
 
 class Attempts:
-    """Codes by (factor on the steps, layer).
+    """What was made of layers, by (attempt, layer).
 
     Args:
         path: The file, or None to keep nothing.
-        key: What the codes belong to: model, plan and calibration inputs.
+        key: What they belong to: model, plan, options and calibration inputs.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str) -> None:
         self._path = None if path is None else check_writable(path)
         self._key = key
-        self._codes: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
         self._saved = time.monotonic()
         if self._path is not None and self._path.exists():
-            self._codes = _read(self._path, key)
+            self._kept = _read(self._path, key)
 
-    def get(self, factor: float, layer: str) -> torch.Tensor | None:
-        """Return codes that were put before, or None."""
-        return self._codes.get(f"{factor.hex()}/{layer}")
+    def get(self, attempt: str, layer: str) -> Quantized | None:
+        """Return a layer that was put before, or None."""
+        found = {f: self._kept.get(f"{attempt}/{layer}/{f}") for f in FIELDS}
+        numbers = self._kept.get(f"{attempt}/{layer}/numbers")
+        codes, scale = found["codes"], found["scale"]
+        if codes is None or scale is None or numbers is None:
+            return None
+        drift, trust = numbers.tolist()
+        return Quantized(
+            codes, scale, found["mask"], found["shift"], found["gain"], drift, trust
+        )
 
-    def put(self, factor: float, layer: str, codes: torch.Tensor) -> None:
-        """Keep codes, and write them down every few seconds."""
+    def put(self, attempt: str, layer: str, made: Quantized) -> None:
+        """Keep a layer, and write all of them down every few seconds."""
         if self._path is None:
             return
-        self._codes[f"{factor.hex()}/{layer}"] = codes.contiguous()
+        for field in FIELDS:
+            tensor = getattr(made, field)
+            if tensor is not None:
+                self._kept[f"{attempt}/{layer}/{field}"] = tensor.cpu().contiguous()
+        self._kept[f"{attempt}/{layer}/numbers"] = torch.tensor(
+            [made.drift, made.trust], dtype=torch.float64
+        )
         if time.monotonic() - self._saved > SAVE_EVERY:
             write_atomically(
-                self._path, safetensors.torch.save(self._codes, {"apply": self._key})
+                self._path, safetensors.torch.save(self._kept, {"apply": self._key})
             )
             self._saved = time.monotonic()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import statistics
 import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +13,16 @@ import torch
 
 from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
+from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.masks import magnitude_mask
-from fitcompress.compensate.size_fit import entropy_bits, fit
-from fitcompress.compensate.statistics import check_reached, second_moments
-from fitcompress.compensate.sweep import compensated_codes
-from fitcompress.data.batches import take
-from fitcompress.errors import NonFiniteError
+from fitcompress.compensate.options import Compensation
+from fitcompress.compensate.outlets import find_outlets
+from fitcompress.compensate.size_fit import Pace, entropy_bits, fit
+from fitcompress.compensate.statistics import gather
+from fitcompress.compensate.sweep import Quantized, quantize
+from fitcompress.compensate.target import LARGE
+from fitcompress.data.batches import digest
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.costs import overhead_bytes
@@ -40,9 +45,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fitcompress.compensate.calibration import Calibration
     from fitcompress.search.plan import Level, Plan
 
 __all__ = ["Compressor", "apply"]
+
+logger = logging.getLogger(__name__)
+TRUSTED = 0.5  # of what corrections gain on fitted data, to be gained on others
 
 
 def apply(
@@ -51,18 +60,20 @@ def apply(
     calibrate: Iterable[Any] | None = None,
     *,
     samples: int | None = 1024,
+    compensation: Compensation | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Return a compressed copy of ``model`` with every layer at its level of ``plan``.
 
     With calibration data, each layer's rounding errors are compensated by its later
-    weights and by the layers that follow (see ``compensate.sweep``); without, weights
-    are rounded to the nearest level, which costs far more accuracy. Norms are folded to
-    two numbers per channel and, like biases, rounded to 16 bits.
+    weights, by the bias or norm that follows, and by the layers after it (see
+    ``compensate.sweep``); without, weights are rounded to the nearest level, which
+    costs far more accuracy. Norms are folded to two numbers per channel and, like
+    biases, rounded to 16 bits.
 
-    If the plan bounds the bytes of the file, all entropy-coded steps are scaled by one
-    factor until the packed file uses the budget and does not exceed it.
+    If the plan bounds the bytes of the file, all entropy-coded steps are scaled by
+    about one factor until the packed file uses the budget and does not exceed it.
 
     Args:
         model: The trained network; unchanged.
@@ -70,6 +81,7 @@ def apply(
         calibrate: Yields inputs or (inputs, …) from the training distribution, without
             labels; a thousand are plenty.
         samples: How many to use, None for all.
+        compensation: What compensation does; None for the defaults.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
 
@@ -81,13 +93,15 @@ def apply(
         BudgetExceededError: The packed file cannot meet the plan's budget.
         NonFiniteError: A weight or input is NaN or infinite.
         EmptyLoaderError: ``calibrate`` yields nothing.
-        CalibrationError: A layer is never reached.
+        CalibrationError: A layer is never reached, or the model mixes the samples of a
+            batch.
     """
     compressor = Compressor(
         model,
         plan,
         calibrate,
         samples=samples,
+        compensation=compensation,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -98,13 +112,14 @@ def apply(
 
 
 class Compressor:
-    """Compresses one model by one plan at any common factor on its steps.
+    """Compresses one model by one plan at any factor on its steps.
 
     Args:
         model: The dense network.
         plan: Its plan.
         calibrate: Calibration batches, or None for plain rounding.
         samples: How many to use.
+        compensation: What compensation does.
         checkpoint: Where finished layers are saved.
         progress: Show a bar.
     """
@@ -116,6 +131,7 @@ class Compressor:
         calibrate: Iterable[Any] | None,
         *,
         samples: int | None = None,
+        compensation: Compensation | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
@@ -126,73 +142,132 @@ class Compressor:
             check_writable(checkpoint)
         self.model = remove(copy.deepcopy(model)).eval()  # it may be compressed already
         self.plan, self.progress = plan, progress
+        self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
-        self.batches = None if calibrate is None else _inputs(calibrate, samples)
-        key = fingerprint(self.model, self.layers) + f"-{_digest(plan, self.batches)}"
-        self.attempts = Attempts(checkpoint, key)
-        if self.batches is not None:
-            check_reached(self.model, self.layers, self.batches[0][:2])
+        self._folded = copy.deepcopy(self.model)
+        fold_norms_(self._folded)
+        round_leftovers_(self._folded)
+        self.calibration: Calibration | None = None
+        if calibrate is not None:
+            modules = {layer.name: layer.module for layer in self.layers}
+            with threads(FIXED):
+                self.calibration = prepare(self.model, modules, calibrate, samples)
+                few = self.calibration.batches[0][:2]
+                self._outlets = find_outlets(self._folded, self.layers, few)
+        self.attempts = Attempts(checkpoint, self._key())
 
-    def at(self, factor: float) -> nn.Module:
-        """Return the compressed model with every step multiplied by ``factor``."""
-        small = copy.deepcopy(self.model)
-        fold_norms_(small)
-        round_leftovers_(small)
-        levels = {n: scaled(level, factor) for n, level in self.plan.levels.items()}
-        with Bar("apply: layers", len(self.layers), enabled=self.progress) as bar:
-            if self.batches is None:
+    def _key(self) -> str:
+        crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
+        for x in self.calibration.batches if self.calibration else []:
+            crc = digest(x, crc)
+        return f"{fingerprint(self.model, self.layers)}-{crc:08x}"
+
+    def at(self, pace: Pace, *, pilot: bool = False) -> nn.Module:
+        """Return the compressed model with steps multiplied by the factors of ``pace``.
+
+        Args:
+            pace: Gives each layer's factor, and is told the bytes of its codes.
+            pilot: On a few samples and by the plain sweep, to learn the size.
+        """
+        small = copy.deepcopy(self._folded)
+        levels: dict[str, Level] = {}
+        with Bar(
+            f"apply: {pace.label}", len(self.layers), enabled=self.progress
+        ) as bar:
+            if self.calibration is None:
                 for layer in self.layers:
-                    codes = self.codes(layer, levels[layer.name])
-                    self._attach(small, layer, levels[layer.name], codes)
+                    level = scaled(
+                        self.plan.levels[layer.name], pace.factor(layer.name)
+                    )
+                    levels[layer.name] = level
+                    made = self._rounded(layer, level)
+                    self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
-                self._compensate(small, levels, factor, bar)
+                self._compensate(small, levels, pace, bar, pilot=pilot)
+        levels = {name: levels[name] for name in self.plan.levels}
         distortion = sum(level.distortion for level in levels.values())
         attach_plan(small, replace(self.plan, levels=levels, distortion=distortion))
         return small
 
     def _compensate(
-        self, small: nn.Module, levels: dict[str, Level], factor: float, bar: Bar
+        self,
+        small: nn.Module,
+        levels: dict[str, Level],
+        pace: Pace,
+        bar: Bar,
+        *,
+        pilot: bool,
     ) -> None:
         """Walk dense and compressed network side by side, layer by layer."""
-        assert self.batches is not None
+        assert self.calibration is not None
+        calibration = (self.calibration.pilot() if pilot else None) or self.calibration
+        options = replace(self.options, beam=1) if pilot else self.options
         layers = {layer.name: layer for layer in self.layers}
         modules = dict(small.named_modules())
         dense = Lockstep(
-            self.model, {n: x.module for n, x in layers.items()}, self.batches
+            self.model, {n: x.module for n, x in layers.items()}, calibration.batches
         )
-        now = Lockstep(small, {n: modules[n] for n in layers}, self.batches)
+        now = Lockstep(small, {n: modules[n] for n in layers}, calibration.batches)
+        trusts = []
         with dense, now:
             for _ in layers:
                 reached, reached_now = dense.advance(), now.advance()
                 assert reached is not None
                 assert reached_now is not None
-                name, inputs = reached
-                level, layer = levels[name], layers[name]
-                codes = self.attempts.get(factor, name)
-                if codes is None:
-                    h, c = second_moments(layer, inputs, reached_now[1])
-                    matrix = layer.matrix()
-                    scale, q = row_scales(matrix, level)
-                    mask = magnitude_mask(matrix, level.sparsity)
-                    codes = compensated_codes(
-                        matrix, h, c, scale, mask=mask, max_code=q, name=name
+                name, layer = reached[0], layers[reached[0]]
+                level = scaled(self.plan.levels[name], pace.factor(name))
+                levels[name] = level
+                made = self.attempts.get(pace.label, name)
+                if made is None:
+                    made = self._quantized(
+                        layer, level, reached[1], reached_now[1], calibration, options
                     )
-                    self.attempts.put(factor, name, codes)
-                self._attach(small, layer, level, codes)
+                    self.attempts.put(pace.label, name, made)
+                self._attach(small, layer, made)
+                self._outlets[name].adjust(small, made.shift, made.gain)
+                pace.spent(name, _coded_bytes(made.codes))
+                trusts.append(made.trust)
                 bar.advance(note=name)
+        if not pilot:
+            _judge(trusts, sum(len(x) for x in calibration.batches))
 
-    def _attach(
-        self, small: nn.Module, layer: Layer, level: Level, codes: torch.Tensor
-    ) -> None:
-        matrix = layer.matrix()
-        scale, q = row_scales(matrix, level)
-        mask = magnitude_mask(matrix, level.sparsity)
-        shaped = None if mask is None else mask.reshape(layer.shape)
-        weight = codes.float() * scale.reshape(-1, 1)
-        attach_grid(
-            small.get_submodule(layer.name), WeightGrid(scale, q, shaped), weight
+    def _quantized(
+        self,
+        layer: Layer,
+        level: Level,
+        dense: list[torch.Tensor],
+        now: list[torch.Tensor],
+        calibration: Calibration,
+        options: Compensation,
+    ) -> Quantized:
+        """Compensate one layer, given its inputs in both networks."""
+        if layer.one_hot:  # H is diagonal: nothing can make up for an error
+            return self._rounded(layer, level)
+        judged = options.drift is None and layer.columns < LARGE
+        held = [n for n, out in enumerate(calibration.held_out) if out and judged]
+        fit_on = [n for n in range(len(now)) if n not in held]
+        fitted = gather(layer, [dense[n] for n in fit_on], [now[n] for n in fit_on])
+        held_out = None
+        if held:
+            held_out = gather(layer, [dense[n] for n in held], [now[n] for n in held])
+        outlet = self._outlets[layer.name]
+        return quantize(
+            layer.matrix(),
+            fitted,
+            held_out,
+            level,
+            options,
+            biased=outlet.module is not None,
+            scalable=outlet.norm,
+            name=layer.name,
         )
+
+    def _attach(self, small: nn.Module, layer: Layer, made: Quantized) -> None:
+        weight = made.codes.float() * made.scale.reshape(-1, 1)
+        q = _largest_code(self.plan.levels[layer.name])
+        grid = WeightGrid(made.scale, q, made.mask)
+        attach_grid(small.get_submodule(layer.name), grid, weight)
 
     def overhead_bytes(self) -> int:
         """Return about what the file takes besides the codes."""
@@ -202,11 +277,7 @@ class Compressor:
         """Return the bits that the coder needs for codes that were merely rounded."""
         levels = self.plan.levels
         return 8.0 * sum(
-            len(
-                _core.encode(
-                    self.codes(layer, scaled(levels[layer.name], factor)).numpy()
-                )
-            )
+            _coded_bytes(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 
@@ -214,19 +285,21 @@ class Compressor:
         """Return the bits of all codes by their entropy if they were merely rounded."""
         levels = self.plan.levels
         return sum(
-            entropy_bits(self.codes(layer, scaled(levels[layer.name], factor)))
+            entropy_bits(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 
-    def codes(self, layer: Layer, level: Level) -> torch.Tensor:
-        """Return the codes of plain rounding, int32 [rows, columns]."""
+    def _rounded(self, layer: Layer, level: Level) -> Quantized:
+        """Round one layer to the nearest codes."""
         matrix = layer.matrix()
         scale, q = row_scales(matrix, level)
+        scale = scale.to(matrix.device)
         safe = torch.where(scale > 0, scale, torch.inf).reshape(-1, 1)
         codes = (matrix / safe).round()
         codes = codes.clamp(-q, q) if q else codes
         mask = magnitude_mask(matrix, level.sparsity)
-        return (codes if mask is None else codes * mask).int()
+        codes = codes if mask is None else codes * mask
+        return Quantized(codes.int(), scale, mask, None, None, 0.0, float("nan"))
 
 
 def scaled(level: Level, factor: float) -> Level:
@@ -240,22 +313,22 @@ def scaled(level: Level, factor: float) -> Level:
     return replace(level, grid=Grid(step=step), distortion=level.distortion * factor**2)
 
 
-def _inputs(loader: Iterable[Any], samples: int | None) -> list[torch.Tensor]:
-    batches = [x.detach() for x, _ in take(loader, samples)]
-    for x in batches:
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(
-                "a calibration input is NaN or infinite",
-                wanted="finite inputs",
-                fix="look for NaN in the calibration data",
-            )
-    return batches
+def _largest_code(level: Level) -> int:
+    return 0 if level.grid.bits is None else 2 ** (level.grid.bits - 1) - 1
 
 
-def _digest(plan: Plan, batches: list[torch.Tensor] | None) -> str:
-    crc = zlib.crc32(plan.to_json().encode())
-    for x in batches or []:
-        crc = zlib.crc32(
-            x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc
+def _coded_bytes(codes: torch.Tensor) -> int:
+    return len(_core.encode(codes.cpu().numpy()))
+
+
+def _judge(trusts: list[float], samples: int) -> None:
+    """Warn if corrections do not carry over to data that they were not fitted to."""
+    known = [t for t in trusts if t == t]
+    if known and (median := statistics.median(known)) < TRUSTED:
+        logger.warning(
+            "the calibration set is too small: what is fitted to it gains only %.0f %% "
+            "of that on calibration inputs held out (median over layers, %d samples); "
+            "use more",
+            100 * max(median, 0.0),
+            samples,
         )
-    return f"{crc:08x}"

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from fitcompress.compensate.compressor import Compressor
     from fitcompress.search.plan import Plan
 
-__all__ = ["entropy_bits", "fit"]
+__all__ = ["Pace", "entropy_bits", "fit"]
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-TOLERANCE = 0.004  # share of the budget that may stay unused
+PILOTS = 3
+NEAR = 0.05  # of the limit: close enough for a pilot
+TOLERANCE = 0.005  # share of the budget that may stay unused
 WIDEST = 64.0  # largest factor on the steps, either way
 
 
@@ -38,6 +40,71 @@ def entropy_bits(codes: torch.Tensor) -> float:
     return float((counts * (counts.sum() / counts).log2()).sum())
 
 
+class Pace:
+    """Gives each layer the factor on its step, so that the file comes out as planned.
+
+    Codes of a whole network differ by a little from what was expected of them. Like
+    the rate control of a video coder, the factor of the next layer makes up for what
+    the layers before have spent too much or too little.
+
+    Args:
+        label: Names the attempt.
+        factor: The factor to start from.
+        expected: Bytes of the codes of every layer at this factor; None: all layers get
+            ``factor``.
+        target: Bytes that all codes together should take.
+        slope: −d log bytes / d log factor.
+
+    Attributes:
+        label: As above.
+        bytes: Layer → bytes of its codes, of the layers done.
+        factors: Layer → factor, likewise.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        factor: float,
+        expected: dict[str, float] | None = None,
+        target: float = 0.0,
+        slope: float = 0.5,
+    ) -> None:
+        self.label = label
+        self.bytes: dict[str, int] = {}
+        self.factors: dict[str, float] = {}
+        self._factor, self._expected = factor, expected
+        self._target, self._slope = target, max(slope, 0.1)
+
+    def factor(self, name: str) -> float:
+        """Return the factor of a layer that comes next."""
+        factor = self._factor
+        if self._expected is not None:
+            ahead = sum(b for n, b in self._expected.items() if n not in self.bytes)
+            left = self._target - sum(self.bytes.values())
+            # No further than a tenth: the allocation among layers should stay.
+            ratio = min(max(ahead / max(left, 1.0), 0.5), 2.0) ** (1 / self._slope)
+            factor *= min(max(ratio, 1 / 1.1), 1.1)
+        self.factors[name] = factor
+        return factor
+
+    def spent(self, name: str, size: int) -> None:
+        """Learn the bytes of a layer's codes."""
+        self.bytes[name] = size
+
+    def mean_factor(self) -> float:
+        """Return the geometric mean of the factors, layers weighted by their bytes."""
+        total = sum(self.bytes.values())
+        logs = (size * math.log(self.factors[n]) for n, size in self.bytes.items())
+        return math.exp(sum(logs) / max(total, 1))
+
+    def at(self, factor: float) -> dict[str, float]:
+        """Return the bytes of every layer to expect at one factor for all."""
+        return {
+            name: size * (self.factors[name] / factor) ** self._slope
+            for name, size in self.bytes.items()
+        }
+
+
 def fit(compressor: Compressor, plan: Plan) -> nn.Module:
     """Return the compressed model at the factor that uses ``plan.limit_bytes``.
 
@@ -45,27 +112,72 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
         BudgetExceededError: No factor meets the budget, or no step can be scaled.
     """
     limit = plan.limit_bytes
-    if limit is None:
-        return compressor.at(1.0)
     scalable = any(level.grid.step is not None for level in plan.levels.values())
+    if limit is None or not scalable:
+        small = compressor.at(Pace("layers", 1.0))
+        if limit is not None:
+            _check_size(len(packed_bytes(small)), limit)
+        return small
     search = _FactorSearch(compressor, limit)
+    done = _pilot(compressor, search, limit)
     best: tuple[int, nn.Module] | None = None
-    size = 0
+    size, margin = 0, TOLERANCE / 2
     for attempt in range(ATTEMPTS):
-        factor = search.next() if scalable else 1.0
+        factor = search.next()
         if search.tried(factor):
             break  # the widest there is, or nothing left between two neighbours
-        small = compressor.at(factor)
+        pace = Pace(f"layers, attempt {attempt + 1}", factor)
+        if done is not None:
+            slope = search.slope(factor)
+            target = (1 - margin) * limit - done[1]
+            pace = Pace(pace.label, factor, done[0].at(factor), target, slope)
+        small = compressor.at(pace)
         size = len(packed_bytes(small))
         logger.info(
             "attempt %d: factor %.5f, %d of %d bytes", attempt, factor, size, limit
         )
         if size <= limit and (best is None or size > best[0]):
             best = (size, small)
-        if (1 - TOLERANCE) * limit <= size <= limit or not scalable:
+        if (1 - TOLERANCE) * limit <= size <= limit:
             break
+        if pace.bytes:
+            done = (pace, size - sum(pace.bytes.values()))
+            factor = pace.mean_factor()
         search.tell(factor, size)
     if best is None:
+        _check_size(size, limit)
+    assert best is not None
+    return best[1]
+
+
+def _pilot(
+    compressor: Compressor, search: _FactorSearch, limit: int
+) -> tuple[Pace, int] | None:
+    """Look for the factor on a few samples.
+
+    Returns:
+        The last attempt, and the bytes of the file besides its codes; None without
+        calibration data, or with few.
+    """
+    if compressor.calibration is None or compressor.calibration.pilot() is None:
+        return None
+    done = None
+    for attempt in range(PILOTS):
+        factor = search.next()
+        if search.tried(factor):
+            break
+        pace = Pace(f"size, attempt {attempt + 1}", factor)
+        size = len(packed_bytes(compressor.at(pace, pilot=True)))
+        done = (pace, size - sum(pace.bytes.values()))
+        search.tell(factor, size)
+        if abs(size / limit - 1) < NEAR:
+            break
+    search.forget()
+    return done
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
         raise BudgetExceededError(
             "the packed file cannot meet the plan's budget",
             size_bytes=size,
@@ -73,7 +185,6 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
             wanted=f"at most {limit} bytes",
             fix="search again with a smaller budget or with entropy-coded steps",
         )
-    return best[1]
 
 
 class _FactorSearch:
@@ -118,6 +229,15 @@ class _FactorSearch:
         return low * math.exp(
             min(max(step, -2 * math.log(WIDEST)), 2 * math.log(WIDEST))
         )
+
+    def forget(self) -> None:
+        """Forget the files tried, but not what they told of the curve."""
+        self._tried.clear()
+
+    def slope(self, factor: float) -> float:
+        """Return −d log bytes / d log factor of the rounded codes."""
+        here, there = self._bytes(factor), self._bytes(1.05 * factor)
+        return math.log(max(here, 1.0) / max(there, 1.0)) / math.log(1.05)
 
     def tell(self, factor: float, size: int) -> None:
         """Learn the size of the file at ``factor``."""

@@ -1,119 +1,154 @@
 """Second moments of a layer's inputs.
 
-    H = E[x̂ x̂ᵀ],  C = E[x x̂ᵀ]
+    H = E[x̂ x̂ᵀ],  X = E[y x̂ᵀ]
 
-with x the inputs of the dense network and x̂ those of the network compressed so far, one
-vector per position (or patch) of every calibration sample, groups apart. Products in
-float32, sums in float64.
+with x̂ the inputs in the network compressed so far, one vector per position (or patch)
+of every calibration sample with a 1 appended, and y = W x the dense layer's outputs
+without bias. X is W E[x x̂ᵀ], all that is needed of the dense inputs, at the price of
+rows × columns products a position. Groups apart; products in float32, sums in float64.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from fitcompress.errors import CalibrationError, NonFiniteError
-from fitcompress.model.patches import patches
+from fitcompress import ops
+from fitcompress.errors import NonFiniteError
+from fitcompress.model.patches import padded_input
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from fitcompress.model import Layer
 
-__all__ = ["check_reached", "second_moments"]
+__all__ = ["Moments", "gather"]
 
 ENOUGH_ROWS = 131_072  # positions after which every other one is left out
-CHUNK_ROWS = 65_536  # rows of patches that exist at a time
 
 
-def check_reached(model: nn.Module, layers: list[Layer], x: torch.Tensor) -> None:
-    """Raise unless a forward pass of ``x`` uses every layer.
+@dataclass
+class Moments:
+    """Sums over positions.
 
-    Raises:
-        CalibrationError: Names the first layer that is not reached.
+    Attributes:
+        second: Σ x̂ x̂ᵀ, float64 [groups, columns + 1, columns + 1]; the last column
+            holds Σ x̂ and the number of positions.
+        cross: Σ y x̂ᵀ, float64 [groups, rows / groups, columns + 1].
     """
-    reached: set[str] = set()
-    handles = []
-    for layer in layers:
 
-        def note(_: Any, __: Any, name: str = layer.name) -> None:
-            reached.add(name)
+    second: torch.Tensor
+    cross: torch.Tensor
 
-        handles.append(layer.module.register_forward_pre_hook(note))
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [layer.name for layer in layers if layer.name not in reached]
-    if missing:
-        raise CalibrationError(
-            f"the calibration data never reach layer {missing[0]!r}",
-            got=f"{len(missing)} of {len(layers)} layers not reached",
-            wanted="a forward pass that uses every compressible layer",
-            fix="calibrate with inputs that exercise it, or remove the layer",
+    @classmethod
+    def zeros(cls, layer: Layer, device: torch.device) -> Moments:
+        """Return sums over nothing."""
+        g, k = layer.groups, layer.columns + 1
+        kind = {"dtype": torch.float64, "device": device}
+        return cls(
+            torch.zeros(g, k, k, **kind),  # type: ignore[call-overload]
+            torch.zeros(g, layer.rows // g, k, **kind),  # type: ignore[call-overload]
         )
 
+    @property
+    def count(self) -> float:
+        """Number of positions."""
+        return float(self.second[0, -1, -1])
 
-def second_moments(
-    layer: Layer, dense: list[torch.Tensor], compressed: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return H and C of one layer.
+    def add_(self, other: Moments) -> Moments:
+        """Add other sums, in place."""
+        self.second += other.second
+        self.cross += other.cross
+        return self
+
+
+def gather(
+    layer: Layer, dense: Sequence[torch.Tensor], compressed: Sequence[torch.Tensor]
+) -> Moments:
+    """Return the moments of one layer.
 
     Args:
-        layer: The layer.
-        dense: Its inputs in the dense network, one tensor per batch.
+        layer: The layer of the dense network.
+        dense: Its inputs there, one tensor per batch.
         compressed: Its inputs in the network compressed so far.
-
-    Returns:
-        H and C, float64 [groups, columns, columns].
 
     Raises:
         NonFiniteError: An input of the layer is NaN or infinite.
     """
-    shape = (layer.groups, layer.columns, layer.columns)
-    h, c = (
-        torch.zeros(shape, dtype=torch.float64),
-        torch.zeros(shape, dtype=torch.float64),
-    )
-    rows, skip = 0, _skip(layer, dense)
+    moments = Moments.zeros(layer, compressed[0].device)
+    skip = _skip(layer, compressed)
     for number, (x_dense, x_now) in enumerate(zip(dense, compressed, strict=True)):
-        offset = number % skip
-        for part in _parts(layer, x_dense):
-            a = patches(layer.module, x_dense[part].float(), skip=skip, offset=offset)
-            b = patches(layer.module, x_now[part].float(), skip=skip, offset=offset)
-            a, b = a.flatten(1, 2), b.flatten(1, 2)
-            h += (b.transpose(1, 2) @ b).double()
-            c += (a.transpose(1, 2) @ b).double()
-            rows += a.shape[1]
-    if not (torch.isfinite(h).all() and torch.isfinite(c).all()):
+        windows, kernel, stride, dilation = padded_input(layer.module, x_now)
+        y = _outputs(layer.module, x_dense)
+        if _is_linear(layer.module):
+            windows, y = windows[number % skip :: skip], y[number % skip :: skip]
+            start, step = [0, 0, 0], [1, 1, 1]
+        else:
+            step = [min(skip, size) for size in y.shape[2:]]
+            start = [number % own for own in step]
+        ops.input_moments_(
+            moments.second,
+            moments.cross,
+            windows,
+            y,
+            kernel,
+            stride,
+            dilation,
+            start,
+            step,
+        )
+    if not (
+        torch.isfinite(moments.second).all() and torch.isfinite(moments.cross).all()
+    ):
         raise NonFiniteError(
             f"an input of layer {layer.name!r} is not finite",
             wanted="finite calibration inputs",
             fix="look for NaN in the calibration data",
         )
-    return h / rows, c / rows
+    return moments
+    return moments
 
 
-def _skip(layer: Layer, inputs: list[torch.Tensor]) -> int:
-    """Return 2, 4, … if every 2nd, 4th, … position per dimension is plenty, else 1."""
-    stride = getattr(layer.module, "stride", None)
-    if stride is None:  # not a convolution
-        return 1
-    strides = math.prod(stride)
-    positions = sum(len(x) * math.prod(x.shape[2:]) for x in inputs) // strides
-    dims, skip = inputs[0].dim() - 2, 1
-    while positions // (2 * skip) ** dims >= max(ENOUGH_ROWS, 64 * layer.columns):
+def _is_linear(module: nn.Module) -> bool:
+    return not hasattr(module, "kernel_size")
+
+
+def _outputs(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return W x as [N, rows, D, H, W], float32: the output without its bias."""
+    y: torch.Tensor = module.forward(x).float()  # not called: hooks are not for this
+    bias = getattr(module, "bias", None)
+    if _is_linear(module):
+        y = y if bias is None else y - bias
+        return y.reshape(-1, y.shape[-1], 1, 1, 1)
+    dims = len(module.kernel_size)  # type: ignore[arg-type]
+    y = y if y.dim() == dims + 2 else y.unsqueeze(0)
+    y = y if bias is None else y - bias.reshape(-1, *[1] * dims)
+    return y.reshape(*y.shape[:2], *[1] * (3 - dims), *y.shape[2:])
+
+
+def _skip(layer: Layer, inputs: Sequence[torch.Tensor]) -> int:
+    """Return 2, 4, … if every 2nd, 4th, … position per dimension is plenty, else 1.
+
+    For a transposed convolution a number that has no factor in common with its stride:
+    its positions see other parts of the kernel in turns.
+    """
+    enough, module = max(ENOUGH_ROWS, 64 * layer.columns), layer.module
+    if _is_linear(module):
+        positions, dims, strides = sum(math.prod(x.shape[:-1]) for x in inputs), 1, 1
+    else:
+        dims = len(module.kernel_size)  # type: ignore[arg-type]
+        strides = math.prod(module.stride)  # type: ignore[arg-type]
+        positions = sum(math.prod(x.shape) // x.shape[-dims - 1] for x in inputs)
+    transposed = layer.view.transposed_groups > 0
+    positions = positions * strides if transposed else positions // strides
+    skip = 1
+    while positions // (2 * skip) ** dims >= enough:
         skip *= 2
+    while transposed and math.gcd(skip, strides) > 1:
+        skip -= 1
     return skip
-
-
-def _parts(layer: Layer, x: torch.Tensor) -> list[slice]:
-    """Cut a batch so that the patches of one part stay small."""
-    channels = x.shape[1] if hasattr(layer.module, "kernel_size") else x.shape[-1]
-    positions = max(x[0].numel() // max(channels, 1), 1)
-    step = max(1, CHUNK_ROWS // positions)
-    return [slice(i, i + step) for i in range(0, len(x), step)]

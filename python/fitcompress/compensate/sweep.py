@@ -2,116 +2,238 @@
 
 After Frantar, Singh, Alistarh 2022 (OBC, arXiv 2208.11580) and Frantar et al. 2022
 (GPTQ, arXiv 2210.17323), with unbounded entropy-coded levels as well as fixed-point
-ones:
+ones and masks, and a beam instead of one path:
 
-1. target  W* = W (C + δI)(H + δI)⁻¹: what repairs the errors of the layers before;
+1. target W + γ(W* − W), see ``target``;
 2. U, the upper Cholesky factor of (H + δI)⁻¹, columns in falling order of H_jj;
-3. for each column j: k = round(w_j / Δ); w_{j'} −= (w_j − kΔ) U_jj' / U_jj for j' > j.
-
-δ is ``damping`` times the mean diagonal of H.
+3. for each column j: k = round(w_j / Δ); w_{j'} −= (w_j − kΔ) U_jj' / U_jj for j' > j,
+   with the codes k that minimise Σ_j (w_j − k_jΔ)² / U_jj² among the paths kept.
 """
 
 from __future__ import annotations
 
-import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fitcompress import ops
-from fitcompress.errors import CalibrationError
-from fitcompress.threads import threads
+from fitcompress.compensate.masks import prune_
+from fitcompress.compensate.scales import clipped_scales
+from fitcompress.compensate.target import Normal, Target, solve
 
-__all__ = ["compensated_codes"]
+if TYPE_CHECKING:
+    from fitcompress.compensate.options import Compensation
+    from fitcompress.compensate.statistics import Moments
+    from fitcompress.search.plan import Level
 
-logger = logging.getLogger(__name__)
+__all__ = ["Quantized", "quantize"]
 
-DAMPING = 0.01
-ATTEMPTS = 6
+DEAD = 1e-4  # share of the mean energy that an input's largest weight carries
+RATE_PASSES = 3
 
 
-def compensated_codes(
-    matrix: torch.Tensor,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    scale: torch.Tensor,
+@dataclass
+class Quantized:
+    """One layer on its levels.
+
+    Attributes:
+        codes: int32 [rows, columns].
+        scale: Δ, float32 [1] or [rows].
+        mask: What the level's mask keeps, bool [rows, columns], or None.
+        shift: What to add to the outputs, float32 [rows], or None.
+        gain: What to multiply them by before, float32 [rows], or None.
+        drift: Share γ of the drift correction, mean over groups.
+        trust: What the whole correction gains on data that it was not fitted to, over
+            what it gains on those that it was; NaN if unknown.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    mask: torch.Tensor | None
+    shift: torch.Tensor | None
+    gain: torch.Tensor | None
+    drift: float
+    trust: float
+
+
+def quantize(
+    weight: torch.Tensor,
+    fitted: Moments,
+    held_out: Moments | None,
+    level: Level,
+    options: Compensation,
     *,
-    mask: torch.Tensor | None = None,
-    max_code: int = 0,
-    damping: float = DAMPING,
+    biased: bool = False,
+    scalable: bool = False,
     name: str = "",
-) -> torch.Tensor:
-    """Return compensated codes of one layer.
+) -> Quantized:
+    """Return the compensated codes of one layer.
 
     Args:
-        matrix: The dense weight, [rows, columns].
-        h: E[x̂ x̂ᵀ], float64 [groups, columns, columns].
-        c: E[x x̂ᵀ], likewise.
-        scale: Δ, [1] or [rows].
-        mask: What may be non-zero, bool [rows, columns].
-        max_code: Largest |code|, 0 for unbounded.
-        damping: δ over the mean diagonal of H.
+        weight: W, [rows, columns].
+        fitted: Moments of most of the data.
+        held_out: Of the rest, to choose γ by, or None. Both are used up.
+        level: Where the weights are to lie.
+        options: What compensation does.
+        biased: Whether something can restore the means of the outputs.
+        scalable: Whether something can multiply the outputs.
         name: Of the layer, for messages.
 
-    Returns:
-        Codes, int32 [rows, columns].
-
     Raises:
-        CalibrationError: H stays singular with a hundred thousand times the damping.
+        CalibrationError: H cannot be inverted.
     """
-    groups = len(h)
-    weights = matrix.double().reshape(groups, -1, matrix.shape[1])
-    scales = scale.double().reshape(-1)
-    if len(scales) > 1:
-        scales = scales.reshape(groups, -1)
-    codes = torch.empty(weights.shape, dtype=torch.int32)
-    for g in range(groups):
-        own_scale = scales if scales.dim() == 1 else scales[g]
-        own_mask = None if mask is None else mask.reshape(weights.shape)[g]
-        with threads(1):  # a factor's last bits depend on the number of threads
-            target, factor, order = _prepare(weights[g], h[g], c[g], damping, name)
-        ordered_mask = None if own_mask is None else own_mask[:, order].contiguous()
-        swept = ops.error_feedback_sweep(
-            target[:, order].contiguous(),
-            factor,
-            own_scale.contiguous(),
-            ordered_mask,
-            max_code,
-        )
-        codes[g][:, order] = swept
-    return codes.reshape(matrix.shape)
-
-
-def _prepare(
-    weight: torch.Tensor, h: torch.Tensor, c: torch.Tensor, damping: float, name: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the drift-corrected target, the factor U and the order of the columns."""
-    mean = float(h.diagonal().mean())
-    if mean <= 0:  # the layer's inputs are all zero: nothing to compensate with
-        eye = torch.eye(len(h), dtype=torch.float64)
-        return weight, eye, torch.arange(len(h))
-    for attempt in range(ATTEMPTS):
-        ridge = damping * 10**attempt * mean
-        ridged_h, ridged_c = h.clone(), c.clone()
-        ridged_h.diagonal().add_(ridge)
-        ridged_c.diagonal().add_(ridge)
-        order = ridged_h.diagonal().argsort(descending=True, stable=True)
-        lower, failed = torch.linalg.cholesky_ex(ridged_h[order][:, order])
-        if failed:
-            logger.warning("layer %s: H is singular, damping raised tenfold", name)
-            continue
-        upper, failed = torch.linalg.cholesky_ex(
-            torch.cholesky_inverse(lower), upper=True
-        )
-        if failed:
-            logger.warning("layer %s: H is near singular, damping raised tenfold", name)
-            continue
-        right = (weight @ ridged_c).T
-        target = torch.empty_like(weight)
-        target[:, order] = torch.cholesky_solve(right[order], lower).T
-        return target, upper.contiguous(), order
-    raise CalibrationError(
-        f"the input statistics of layer {name!r} cannot be inverted",
-        got=f"no Cholesky factor at {damping * 10 ** (ATTEMPTS - 1):g} damping",
-        wanted="calibration inputs that are not degenerate",
-        fix="calibrate with more, and more varied, samples",
+    groups = len(fitted.second)
+    dense = weight.double().reshape(groups, -1, weight.shape[1])
+    centered = biased and options.bias
+    problems = _problems(dense, fitted, held_out, options, name, centered=centered)
+    mask = prune_([p.target for p in problems], level.sparsity)
+    scale = _scale(problems, level, options, mask)
+    codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
+    shift = torch.zeros(dense.shape[:2], dtype=torch.float64, device=weight.device)
+    gain = torch.ones_like(shift)
+    for g, problem in enumerate(problems):
+        own = scale if len(scale) == 1 else scale.reshape(groups, -1)[g]
+        kept = None if mask is None else mask.reshape(dense.shape)[g]
+        swept = problem.sweep(own, _max_code(level), kept, options)
+        codes[g] = problem.target.unsorted(swept)
+        values = swept * own.double().reshape(-1, 1)
+        if scalable and options.row_scale:
+            gain[g] = problem.gain(values)
+        outputs = (problem.target.unsorted(values) @ problem.mean) * gain[g]
+        shift[g] = problem.output - outputs
+    moved = [p.target.gain for p in problems]
+    trust = sum(held for held, _ in moved) / (sum(fit for _, fit in moved) or math.nan)
+    return Quantized(
+        codes.reshape(weight.shape),
+        scale,
+        mask,
+        shift.flatten().float() if centered else None,
+        gain.flatten().float() if scalable and options.row_scale else None,
+        sum(p.target.drift for p in problems) / groups,
+        trust,
     )
+
+
+@dataclass
+class Problem:
+    """One group: its target, and the means that its outputs should keep."""
+
+    target: Target
+    mean: torch.Tensor
+    output: torch.Tensor
+    live: torch.Tensor
+
+    def sweep(
+        self,
+        scale: torch.Tensor,
+        max_code: int,
+        mask: torch.Tensor | None,
+        options: Compensation,
+        beam: int | None = None,
+    ) -> torch.Tensor:
+        """Return codes in the order of the target's columns."""
+        target = self.target
+        rows, columns = target.weight.shape
+        kept = None
+        if mask is not None or not bool(self.live.all()):
+            kept = self.live.expand(rows, -1)
+            kept = kept if mask is None else kept & mask
+            kept = kept[:, target.order].contiguous()
+        paths = beam or options.paths(rows, columns)
+        scale = scale.double().contiguous()
+
+        def run(bits: torch.Tensor | None = None, rate: float = 0.0) -> torch.Tensor:
+            return ops.error_feedback_sweep(
+                target.weight, target.factor, scale, kept, max_code, paths, bits, rate
+            )
+
+        codes = run()
+        if options.rate and not max_code:
+            # At high resolution dD/dR = −Δ² d ln 2 / 6 with d = 1/U_jj².
+            d = math.exp(-2 * float(target.factor.diagonal().log().mean()))
+            for _ in range(RATE_PASSES):
+                codes = run(code_bits(codes), options.rate * d * math.log(2) / 6)
+        return codes
+
+    def whitened(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return V U⁻¹, whose squared norm per row is that of V's outputs."""
+        factor, values = self.target.factor, columns.double()
+        white: torch.Tensor = torch.linalg.solve_triangular(
+            factor, values, upper=True, left=False
+        )
+        return white
+
+    def gain(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the factor of every row that brings values closest to the target."""
+        have, want = self.whitened(values), self.whitened(self.target.weight)
+        norm = have.square().sum(1)
+        return torch.where(norm > 0, (have * want).sum(1) / norm.clamp_min(1e-300), 1.0)
+
+    def error(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the squared error of every row's outputs, per position."""
+        return self.whitened(self.target.weight - values).square().sum(1)
+
+
+def code_bits(codes: torch.Tensor) -> torch.Tensor:
+    """Return −log₂ of the frequency of −h … h, float64 [2h + 1], unseen ones ½ each."""
+    half = int(codes.abs().max()) + 1 if codes.numel() else 1
+    counts = torch.bincount((codes.flatten().long() + half), minlength=2 * half + 1)
+    counts = counts.double() + 0.5
+    return -(counts / counts.sum()).log2()
+
+
+def _problems(
+    dense: torch.Tensor,
+    fitted: Moments,
+    held_out: Moments | None,
+    options: Compensation,
+    name: str,
+    *,
+    centered: bool,
+) -> list[Problem]:
+    whole = fitted
+    if held_out is not None and options.drift is None:
+        whole = type(fitted)(fitted.second + held_out.second, fitted.cross.clone())
+        whole.cross += held_out.cross
+    elif held_out is not None:
+        whole, held_out = fitted.add_(held_out), None
+    problems = []
+    for g, weight in enumerate(dense):
+        second = whole.second[g].diagonal()[:-1] / max(whole.count, 1.0)
+        energy = weight.square().amax(0) * second
+        live = energy >= DEAD * energy.mean()
+        parts = [
+            None if part is None else Normal.of(part, g, centered=centered)
+            for part in (held_out, fitted if held_out is not None else None, whole)
+        ]
+        assert parts[2] is not None
+        mean, output = parts[2].mean, parts[2].output
+        target = solve(
+            weight,
+            parts[1] or parts[2],
+            parts[0],
+            parts[2],
+            damping=options.damping,
+            drift=options.drift,
+            name=name,
+        )
+        problems.append(Problem(target, mean, output, live))
+    return problems
+
+
+def _max_code(level: Level) -> int:
+    return 0 if level.grid.bits is None else 2 ** (level.grid.bits - 1) - 1
+
+
+def _scale(
+    problems: list[Problem],
+    level: Level,
+    options: Compensation,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    if level.grid.step is not None:
+        device = problems[0].mean.device
+        return torch.tensor([level.grid.step], dtype=torch.float32, device=device)
+    return clipped_scales(problems, _max_code(level), options, mask)

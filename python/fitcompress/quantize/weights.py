@@ -23,7 +23,7 @@ from fitcompress.quantize.rate import Rate, rate_aware_codes
 if TYPE_CHECKING:
     from fitcompress.search.plan import Level
 
-__all__ = ["WeightGrid", "attach_grid", "grid_of", "remove", "row_scales"]
+__all__ = ["WeightGrid", "attach_grid", "grid_of", "half_up", "remove", "row_scales"]
 
 
 class WeightGrid(nn.Module):

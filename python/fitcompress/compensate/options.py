@@ -1,0 +1,66 @@
+"""What compensation does, each part of it a switch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fitcompress.errors import OptionError
+
+__all__ = ["Compensation"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How errors are compensated; the defaults are what paid in bytes at equal KL.
+
+    Attributes:
+        drift: γ, the share of the drift correction W + γ(W* − W) that is used, W* the
+            least-squares weights for the inputs as they are now. None: the share that
+            fits a quarter of the calibration data best which W* was not fitted to, for
+            each layer; .75 where that would take too much memory.
+        bias: Give the outputs the mean that they had, through the bias or the batch
+            norm that follows, and fit weights to what deviates from the mean only.
+        beam: Paths that the sweep keeps per row, 1 for plain error feedback. None: as
+            many as cost little, 16 for layers up to a thousand inputs.
+        rate: λ of rate-aware rounding, in units of Δ² per bit: 0 rounds to what is
+            nearest, .1 is about where both derivatives are equal.
+        row_scale: Multiply each row by its least-squares factor after the sweep, where
+            a batch norm follows that takes it for free.
+        clipping: For fixed-point levels, choose every row's scale by the error that the
+            sweep leaves, then fit it to the codes; else the largest weight decides.
+        damping: Ridge δ over the mean diagonal of H.
+    """
+
+    drift: float | None = None
+    bias: bool = True
+    beam: int | None = None
+    rate: float = 0.0
+    row_scale: bool = False
+    clipping: bool = True
+    damping: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.drift is not None:
+            _check("drift", self.drift, 0, 1)
+        if self.beam is not None and not (
+            type(self.beam) is int and 1 <= self.beam <= 1024
+        ):
+            raise OptionError("beam", got=self.beam, wanted="an integer, 1 to 1024")
+        _check("rate", self.rate, 0, 100)
+        _check("damping", self.damping, 1e-12, 100)
+
+    def paths(self, rows: int, columns: int) -> int:
+        """Return the number of paths for a layer."""
+        if self.beam is not None:
+            return self.beam
+        affordable = max(1, int(WORK / max(rows * columns**2, 1)))
+        return min(16, 1 << (affordable.bit_length() - 1))
+
+
+WORK = 16 * 512 * 1024**2  # multiply-adds that a sweep may take by default
+
+
+def _check(name: str, value: float, least: float, most: float) -> None:
+    if not (math.isfinite(value) and least <= value <= most):
+        raise OptionError(name, got=value, wanted=f"{least:g} to {most:g}")

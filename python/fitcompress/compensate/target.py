@@ -1,0 +1,195 @@
+"""The weights that a layer should have, given its inputs as they are now.
+
+    W* = argmin_V E‖y − ȳ − V (x̂ − μ)‖² + δ‖V − W‖² = (X + δW)(H + δ)⁻¹
+
+with y the dense outputs and x̂ the inputs of the network compressed so far: later layers
+repair what earlier ones broke. With few calibration data W* fits their noise as well,
+so only a share γ of the correction W* − W is used, the one that minimises the error on
+data which W* was not fitted to. In closed form, with H_v, X_v of those data:
+
+    γ = ⟨D, X_v − W H_v⟩ / ⟨D, D H_v⟩,   D = W* − W,   clipped to 0 … 1.
+
+The means μ, ȳ are left out (H, X are covariances) where a bias can restore them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fitcompress.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from fitcompress.compensate.statistics import Moments
+
+__all__ = ["Normal", "Target", "solve"]
+
+logger = logging.getLogger(__name__)
+
+DRIFT = 0.75  # γ where cross-validation would take too much memory
+LARGE = 2048  # columns from which on it would
+ATTEMPTS = 6
+
+
+@dataclass
+class Normal:
+    """Normal equations of one group, per position.
+
+    Attributes:
+        h: H, [columns, columns].
+        x: X, [rows, columns].
+        mean: μ, [columns]; zero if means are not left out.
+        output: ȳ, [rows], likewise.
+    """
+
+    h: torch.Tensor
+    x: torch.Tensor
+    mean: torch.Tensor
+    output: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: Moments, group: int, *, centered: bool) -> Normal:
+        """Return the equations; the memory of ``moments`` is used for them."""
+        second, cross = moments.second[group], moments.cross[group]
+        count = max(moments.count, 1.0)
+        h, x = second[:-1, :-1].div_(count), cross[:, :-1].div_(count)
+        mean, output = second[:-1, -1] / count, cross[:, -1] / count
+        if centered:
+            h.addr_(mean, mean, alpha=-1)
+            x.addr_(output, mean, alpha=-1)
+        else:
+            mean, output = torch.zeros_like(mean), torch.zeros_like(output)
+        return cls(h, x, mean, output)
+
+
+@dataclass
+class Target:
+    """What the sweep works on; columns are in falling order of H_jj.
+
+    Attributes:
+        weight: W + γ(W* − W), float64 [rows, columns].
+        factor: U, upper Cholesky factor of (H + δ)⁻¹.
+        inverse: Diagonal of (H + δ)⁻¹.
+        order: Column of the layer at each place.
+        drift: γ.
+        gain: By how much the whole of W* − W would lower the error per position, on the
+            data that γ was chosen by and on those it was fitted to; NaN if unknown.
+    """
+
+    weight: torch.Tensor
+    factor: torch.Tensor
+    inverse: torch.Tensor
+    order: torch.Tensor
+    drift: float
+    gain: tuple[float, float] = (float("nan"), float("nan"))
+
+    def unsorted(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return columns in the order of the layer."""
+        out = torch.empty_like(columns)
+        out[:, self.order] = columns
+        return out
+
+
+def solve(
+    weight: torch.Tensor,
+    fitted: Normal,
+    held_out: Normal | None,
+    whole: Normal,
+    *,
+    damping: float,
+    drift: float | None,
+    name: str,
+) -> Target:
+    """Return the target of one group.
+
+    Args:
+        weight: W, float64 [rows, columns].
+        fitted: Of most of the data.
+        held_out: Of the others, or None if there are none.
+        whole: Of all of them; its H is overwritten.
+        damping: δ over the mean diagonal of H.
+        drift: γ, or None to choose it.
+        name: Of the layer, for messages.
+
+    Raises:
+        CalibrationError: H stays singular with a hundred thousand times the damping.
+    """
+    gain = (float("nan"), float("nan"))
+    if drift is None:
+        drift = DRIFT
+        if held_out is not None:
+            drift, gain = _cross_validated(weight, fitted, held_out, damping, name)
+    scale = float(whole.h.diagonal().mean())
+    if not scale > 0:  # inputs are constant: there is nothing to compensate with
+        eye = torch.eye(len(whole.h), dtype=torch.float64, device=weight.device)
+        return Target(weight, eye, eye.diagonal(), torch.arange(len(eye)), 0.0)
+    lower, order, ridge = _factor(whole.h, damping * scale, name)
+    target = weight
+    if drift > 0:
+        right = whole.x.add(weight, alpha=ridge).T[order]
+        target = torch.cholesky_solve(right, lower).T
+        del right
+        target = torch.lerp(weight[:, order], target, drift)
+    else:
+        target = weight[:, order]
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    diagonal = inverse.diagonal().clone()
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    if failed:
+        raise _singular(name, damping)
+    return Target(target.contiguous(), upper.contiguous(), diagonal, order, drift, gain)
+
+
+def _factor(
+    h: torch.Tensor, ridge: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ."""
+    order = h.diagonal().argsort(descending=True, stable=True)
+    added = 0.0
+    for _ in range(ATTEMPTS):
+        h.diagonal().add_(ridge - added)
+        added = ridge
+        lower, failed = torch.linalg.cholesky_ex(h[order][:, order])
+        if not failed:
+            return lower, order, ridge
+        logger.warning("layer %s: H is singular, damping raised tenfold", name)
+        ridge *= 10
+    raise _singular(name, ridge)
+
+
+def _cross_validated(
+    weight: torch.Tensor, fitted: Normal, held_out: Normal, damping: float, name: str
+) -> tuple[float, tuple[float, float]]:
+    """Return γ, and what D gains on the data held out and on the fitted ones."""
+    scale = float(fitted.h.diagonal().mean())
+    if not scale > 0:
+        return 0.0, (0.0, 0.0)
+    h = fitted.h.clone()
+    lower, order, ridge = _factor(h, damping * scale, name)
+    right = fitted.x.add(weight, alpha=ridge).T[order]
+    correction = torch.empty_like(weight)
+    correction[:, order] = torch.cholesky_solve(right, lower).T
+    correction -= weight
+    gains = []
+    gamma = None
+    for data in (held_out, fitted):
+        slope = float((correction * (data.x - weight @ data.h)).sum())
+        curvature = float((correction @ data.h * correction).sum())
+        if gamma is None:
+            gamma = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        gains.append(2 * slope - curvature)
+    assert gamma is not None
+    return gamma, (gains[0], gains[1])
+
+
+def _singular(name: str, ridge: float) -> CalibrationError:
+    return CalibrationError(
+        f"the input statistics of layer {name!r} cannot be inverted",
+        got=f"no Cholesky factor with a ridge of {ridge:g}",
+        wanted="calibration inputs that are not degenerate",
+        fix="calibrate with more, and more varied, samples",
+    )

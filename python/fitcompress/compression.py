@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
-from fitcompress.errors import BudgetExceededError
+from fitcompress.data.batches import digest, take
+from fitcompress.errors import BudgetExceededError, FormatError
+from fitcompress.files import check_writable
+from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.search import Budget, search
 from fitcompress.sensitivity.measurement import measure
+from fitcompress.sensitivity.table import Sensitivity
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
+    from pathlib import Path
 
+    import torch
     from torch import nn
 
+    from fitcompress.compensate.options import Compensation
     from fitcompress.search.problem import Family
     from fitcompress.search.selection import Method
 
 __all__ = ["compress"]
 
+logger = logging.getLogger(__name__)
 RETRIES = 4
 
 
@@ -31,6 +42,8 @@ def compress(
     method: Method | None = None,
     family: Family | None = None,
     samples: int | None = 1024,
+    compensation: Compensation | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
@@ -42,11 +55,17 @@ def compress(
 
     Args:
         model: The trained network; unchanged.
-        loader: Yields inputs from the training distribution; iterated twice.
+        loader: Yields inputs or (inputs, …) from the training distribution; iterated
+            once, so a generator will do.
         budget: The bound.
         method: As for :func:`search`.
         family: As for :func:`search`.
-        samples: Inputs used to calibrate; half as many measure the sensitivity.
+        samples: Inputs used to calibrate, None for all; half as many measure the
+            sensitivity.
+        compensation: As for :func:`apply`.
+        checkpoint: Progress is saved in files of this name with ``.measure``,
+            ``.sensitivity`` and ``.apply`` appended, and resumed from there; removed at
+            the end. After a kill, the same call ends with the identical model.
         seed: Seeds the sampled labels.
         progress: Show bars with the time left.
 
@@ -62,8 +81,26 @@ def compress(
         >>> budget = fc.Budget(size="20%")
         >>> small = fc.compress(net, [torch.randn(64, 64)], budget, progress=False)
     """
+    layers = compressible_layers(model)
+    check_finite(model)
+    files = _Files(checkpoint)
+    # Once: a second pass of a loader that shuffles would yield others after a kill.
+    inputs = [x for x, _ in take(loader, samples)]
     half = None if samples is None else max(1, samples // 2)
-    table = measure(model, loader, samples=half, seed=seed, progress=progress)
+    key = ""
+    if checkpoint is not None:
+        key = f"{fingerprint(model, layers)}-{seed}-{half}-{_digest(inputs):08x}"
+    table = files.sensitivity(key)
+    if table is None:
+        table = measure(
+            model,
+            inputs,
+            samples=half,
+            checkpoint=files.path("measure"),
+            seed=seed,
+            progress=progress,
+        )
+        files.keep(table, key)
     tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
@@ -71,7 +108,15 @@ def compress(
             # What counts is the user's bound, not the tightened one.
             plan = replace(plan, limit_bytes=budget.size_bytes(table.dense_bytes))
         try:
-            return apply(model, plan, loader, samples=samples, progress=progress)
+            small = apply(
+                model,
+                plan,
+                inputs,
+                samples=samples,
+                compensation=compensation,
+                checkpoint=files.path(_apply(attempt)),
+                progress=progress,
+            )
         except BudgetExceededError as error:
             if attempt == RETRIES:
                 raise
@@ -81,4 +126,66 @@ def compress(
             tightened = Budget(
                 size=int(believed * min(0.995, allowed / error.size_bytes))
             )
+        else:
+            files.forget()
+            return small
     raise AssertionError
+
+
+class _Files:
+    """What a killed call leaves behind for the next one; nothing without checkpoint."""
+
+    def __init__(self, checkpoint: str | os.PathLike[str] | None) -> None:
+        self._base = None if checkpoint is None else check_writable(checkpoint)
+        for part in PARTS:
+            if (path := self.path(part)) is not None:
+                check_writable(path)
+
+    def path(self, part: str) -> Path | None:
+        """Return the file of one part of the work."""
+        base = self._base
+        return None if base is None else base.with_name(f"{base.name}.{part}")
+
+    def keep(self, table: Sensitivity, key: str) -> None:
+        """Save a sensitivity; ``key`` says what it belongs to."""
+        path = self.path("sensitivity")
+        if path is not None:
+            replace(table, provenance=table.provenance | {"compress": key}).save(path)
+
+    def sensitivity(self, key: str) -> Sensitivity | None:
+        """Return the sensitivity that was kept for ``key``, if any."""
+        path = self.path("sensitivity")
+        if path is None or not path.exists():
+            return None
+        try:
+            table = Sensitivity.load(path)
+        except FormatError as error:
+            logger.warning("%s is not used: %s", path, error)
+            return None
+        provenance = dict(table.provenance)
+        if provenance.pop("compress", None) != key:
+            logger.warning("%s belongs to another run and is not used", path)
+            return None
+        return replace(table, provenance=provenance)
+
+    def forget(self) -> None:
+        """Remove all files: the work is done."""
+        for part in PARTS:
+            if (path := self.path(part)) is not None:
+                path.unlink(missing_ok=True)
+
+
+def _apply(attempt: int) -> str:
+    """Name the part of one attempt: a resumed run goes through earlier ones again."""
+    return f"apply-{attempt + 1}" if attempt else "apply"
+
+
+PARTS = ("measure", "sensitivity", *map(_apply, range(RETRIES + 1)))
+
+
+def _digest(inputs: list[torch.Tensor]) -> int:
+    """Return the CRC-32 of all inputs and of how they are cut into batches."""
+    crc = 0
+    for x in inputs:
+        crc = digest(x, zlib.crc32(f"{x.dtype}{tuple(x.shape)}".encode(), crc))
+    return crc

@@ -13,6 +13,7 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress.cli import main
+from fitcompress.compensate.compressor import Compressor
 from fitcompress.data import load_dataset
 from fitcompress.storage.save_load import read
 from fitcompress.train.supervised import train
@@ -144,7 +145,7 @@ def test_the_whole_flow_on_the_digits(run, trained, tmp_path) -> None:
     assert f"{size:,}" in result.out
     assert "<svg" in Path("r.html").read_text()
     left = {p.name for p in tmp_path.iterdir()}
-    assert not any(name.endswith(".partial") or name.startswith(".") for name in left)
+    assert not any(".partial" in name or name.startswith(".") for name in left)
 
 
 def test_packing_without_data_and_compressing_in_one_go(run, tiny_files) -> None:
@@ -155,6 +156,33 @@ def test_packing_without_data_and_compressing_in_one_go(run, tiny_files) -> None
     assert Path("once").stat().st_size <= 900
     done(run(*arguments, "--out", "twice"))
     assert Path("once").read_bytes() == Path("twice").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "command", [("compress", "--size", 900), ("apply", "plan.json")]
+)
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ((), fc.Compensation()),
+        (("--drift", 0.5, "--beam", 4), fc.Compensation(drift=0.5, beam=4)),
+        (("--no-bias",), fc.Compensation(bias=False)),
+        (("--bias", "--drift", 0), fc.Compensation(drift=0.0)),
+    ],
+)
+def test_options_of_compensation(
+    run, tiny_files, monkeypatch, command, options, wanted
+) -> None:
+    seen = []
+    real = Compressor.__init__
+
+    def look(self: Compressor, *args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs["compensation"])
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Compressor, "__init__", look)
+    done(run(*command, *MODEL, *DIGITS, "--samples", 64, *options, "--out", "o"))
+    assert set(seen) == {wanted}
 
 
 def test_every_method_and_grid_family(run, tiny_files) -> None:
@@ -236,6 +264,15 @@ ERRORS = {
     "nothing to evaluate": (
         ("evaluate", "--model", "digits", *DIGITS),
         "nothing to evaluate",
+    ),
+    "wrong drift": (("apply", "plan.json", *MODEL, *DIGITS, "--drift", "2"), "drift"),
+    "wrong beam": (
+        ("compress", *MODEL, *DIGITS, "--size", "900", "--beam", "0"),
+        "OptionError",
+    ),
+    "no place for the result": (
+        ("compress", *MODEL, *DIGITS, "--size", "900", "--out", "no/x"),
+        "OutputError",
     ),
     "not packed": (("unpack", "w.safetensors"), "FormatError"),
     "damaged": (("unpack", "damaged"), "FormatError"),
@@ -333,6 +370,43 @@ def test_a_killed_command_goes_on_where_it_was(run, tiny_files, monkeypatch) -> 
     assert Path("resumed").read_bytes() == Path("whole").read_bytes()
     assert not Path("resumed.partial").exists()
     assert len(calls) == 4  # one, killed at the second, two more
+
+
+@pytest.mark.parametrize("survived", [0, 1, 3])
+def test_a_killed_compression_goes_on_where_it_was(
+    run, tiny_files, monkeypatch, survived
+) -> None:
+    from fitcompress.sensitivity import measurement
+    from fitcompress.sensitivity.fisher import FisherEstimator
+
+    arguments = ("compress", *MODEL, *DIGITS, "--size", 900, "--samples", 520)
+    done(run(*arguments, "--out", "whole"))
+    monkeypatch.setattr(measurement, "SAVE_EVERY", -1.0)
+    calls = []
+
+    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == survived + 1:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    # Three batches are measured, then comes the first attempt at the one layer.
+    for owner, name in ((FisherEstimator, "update"), (Compressor, "at")):
+        monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    files = set(tiny_files.iterdir())
+    result = run(*arguments, "--out", "resumed")
+    assert result.code == 130
+    assert "run the same command" in result.err
+    part = {0: set(), 1: {"measure"}, 3: {"sensitivity"}}[survived]
+    left = {p.name for p in set(tiny_files.iterdir()) - files}
+    assert left - {"__pycache__"} == {f"resumed.partial.{name}" for name in part}
+    done(run(*arguments, "--out", "resumed"))
+    assert Path("resumed").read_bytes() == Path("whole").read_bytes()
+    left = {p.name for p in set(tiny_files.iterdir()) - files}
+    assert left - {"__pycache__"} == {"resumed"}
 
 
 def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:

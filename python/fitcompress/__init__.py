@@ -7,6 +7,7 @@
 
 from fitcompress import methods, ops
 from fitcompress.compensate import apply
+from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
 from fitcompress.quantize import remove
 from fitcompress.report import report
@@ -19,6 +20,7 @@ from fitcompress.versions import __version__, show_versions
 
 __all__ = [
     "Budget",
+    "Compensation",
     "Grid",
     "Level",
     "Plan",

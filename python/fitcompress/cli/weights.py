@@ -26,6 +26,7 @@ from fitcompress.cli.app import (
 )
 from fitcompress.cli.models import build_model, check_data, trained_model
 from fitcompress.compensate import apply as apply_plan
+from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress as compress_model
 from fitcompress.data import Dataset, load_dataset
 from fitcompress.files import write_atomically
@@ -39,6 +40,7 @@ __all__ = ["apply", "compress", "finetune", "pack", "unpack"]
 TUNE = defaults(train_model)
 APPLY = defaults(apply_plan)
 COMPRESS = defaults(compress_model)
+USUAL = Compensation()
 LOADER = defaults(Dataset.training)
 
 
@@ -52,6 +54,27 @@ class NormMode(str, Enum):
 NORMS = NormMode(TUNE["norms"])
 SMALL = Path("small.safetensors")
 SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration inputs.")]
+DriftOption = Annotated[
+    float | None,
+    typer.Option(
+        "--drift",
+        help="Share of the correction for errors of earlier layers, 0 to 1. "
+        "Default: what held-out calibration inputs favour.",
+    ),
+]
+BeamOption = Annotated[
+    int | None,
+    typer.Option(
+        "--beam",
+        help="Roundings followed at once, 1 to 1024. Default: as many as cost little.",
+    ),
+]
+BiasOption = Annotated[
+    bool,
+    typer.Option(
+        "--bias/--no-bias", help="Keep mean outputs through biases and norms."
+    ),
+]
 PlanArgument = Annotated[Path, typer.Argument(help="What `search` wrote.")]
 PackedArgument = Annotated[Path, typer.Argument(help="A packed file.")]
 
@@ -65,6 +88,9 @@ def compress(
     out: OutOption = SMALL,
     data: DataOption = None,
     samples: SamplesOption = COMPRESS["samples"],
+    drift: DriftOption = USUAL.drift,
+    beam: BeamOption = USUAL.beam,
+    bias: BiasOption = USUAL.bias,
     seed: SeedOption = COMPRESS["seed"],
     json: JsonOption = None,
 ) -> None:
@@ -72,11 +98,20 @@ def compress(
     prepare(json, out)
     start = time.monotonic()
     budget = Budget(size=size)
+    compensation = Compensation(drift=drift, beam=beam, bias=bias)
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
     check_data(network, source)
     loader = source.calibration(seed)
-    small = compress_model(network, loader, budget, samples=samples, seed=seed)
+    small = compress_model(
+        network,
+        loader,
+        budget,
+        samples=samples,
+        compensation=compensation,
+        checkpoint=_partial(out),
+        seed=seed,
+    )
     _store(network, small, out, json, start)
 
 
@@ -89,6 +124,9 @@ def apply(
     out: OutOption = SMALL,
     data: DataOption = None,
     samples: SamplesOption = APPLY["samples"],
+    drift: DriftOption = USUAL.drift,
+    beam: BeamOption = USUAL.beam,
+    bias: BiasOption = USUAL.bias,
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
@@ -96,12 +134,19 @@ def apply(
     prepare(json, out)
     start = time.monotonic()
     chosen = Plan.load(plan)
+    compensation = Compensation(drift=drift, beam=beam, bias=bias)
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
     check_data(network, source)
     loader = source.calibration(seed)
-    checkpoint = out.with_name(out.name + ".partial")
-    small = apply_plan(network, chosen, loader, samples=samples, checkpoint=checkpoint)
+    small = apply_plan(
+        network,
+        chosen,
+        loader,
+        samples=samples,
+        compensation=compensation,
+        checkpoint=_partial(out),
+    )
     _store(network, small, out, json, start)
 
 
@@ -153,7 +198,7 @@ def finetune(
         float_lr=float_lr,
         thread_count=threads,
         norms="batch" if norms is NormMode.batch else "frozen",
-        checkpoint=out.with_name(out.name + ".partial"),
+        checkpoint=_partial(out),
         seed=seed,
     )
     console.print(str(result))
@@ -194,6 +239,11 @@ def unpack(
     emit(
         json, {"bytes_packed": content.size_bytes, "bytes": size, "tensors": len(state)}
     )
+
+
+def _partial(out: Path) -> Path:
+    """Return where progress towards ``out`` is saved."""
+    return out.with_name(out.name + ".partial")
 
 
 def _store(

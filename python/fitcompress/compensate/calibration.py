@@ -213,10 +213,25 @@ def _largest_input(
 
 
 def _cut(given: list[torch.Tensor], sample_bytes: int) -> list[torch.Tensor]:
-    """Cut inputs into batches that do not depend on how the loader cut them."""
-    alike = all(x.shape[1:] == given[0].shape[1:] for x in given)
-    joined = [torch.cat(given)] if alike and len(given) > 1 else given
-    samples = sum(len(x) for x in joined)
+    """Cut inputs into batches that do not depend on how the loader cut them.
+
+    Where a batch lies within one of the loader's, no copy is made.
+    """
+    samples = sum(len(x) for x in given)
     size = min(LARGEST_BATCH, max(1, BATCH_BYTES // max(sample_bytes, 1)))
     size = max(min(size, math.ceil(samples / BATCHES)), math.ceil(samples / PASSES))
-    return [part for x in joined for part in torch.split(x, size)]
+    if any(x.shape[1:] != given[0].shape[1:] for x in given):
+        return [part for x in given for part in torch.split(x, size)]
+    batches, parts, missing = [], [], size
+    for x in given:
+        rest = x
+        while len(rest):
+            parts.append(rest[:missing])
+            rest = rest[missing:]
+            missing -= len(parts[-1])
+            if not missing:
+                batches.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+                parts, missing = [], size
+    if parts:
+        batches.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return batches

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fitcompress import _core
 from fitcompress.compensate.attempts import Attempts
@@ -42,8 +43,6 @@ from fitcompress.threads import FIXED, threads
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
-
-    from torch import nn
 
     from fitcompress.compensate.calibration import Calibration
     from fitcompress.search.plan import Level, Plan
@@ -140,13 +139,13 @@ class Compressor:
         check_finite(model)
         if checkpoint is not None:
             check_writable(checkpoint)
-        self.model = remove(copy.deepcopy(model)).eval()  # it may be compressed already
+        self.model = remove(_copy(model)).eval()  # it may be compressed already
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
-        self._folded = copy.deepcopy(self.model)
+        self._folded = _copy(self.model)
         fold_norms_(self._folded)
-        round_leftovers_(self._folded)
+        round_leftovers_(self._folded, [layer.weight for layer in self.layers])
         self.calibration: Calibration | None = None
         if calibrate is not None:
             modules = {layer.name: layer.module for layer in self.layers}
@@ -169,7 +168,7 @@ class Compressor:
             pace: Gives each layer's factor, and is told the bytes of its codes.
             pilot: On a few samples and by the plain sweep, to learn the size.
         """
-        small = copy.deepcopy(self._folded)
+        small = _copy(self._folded)
         levels: dict[str, Level] = {}
         with Bar(
             f"apply: {pace.label}", len(self.layers), enabled=self.progress
@@ -266,8 +265,9 @@ class Compressor:
     def _attach(self, small: nn.Module, layer: Layer, made: Quantized) -> None:
         weight = made.codes.float() * made.scale.reshape(-1, 1)
         q = _largest_code(self.plan.levels[layer.name])
-        grid = WeightGrid(made.scale, q, made.mask)
-        attach_grid(small.get_submodule(layer.name), grid, weight)
+        module = small.get_submodule(layer.name)
+        module.weight = nn.Parameter(torch.empty_like(layer.weight))  # not shared
+        attach_grid(module, WeightGrid(made.scale, q, made.mask), weight)
 
     def overhead_bytes(self) -> int:
         """Return about what the file takes besides the codes."""
@@ -300,6 +300,16 @@ class Compressor:
         mask = magnitude_mask(matrix, level.sparsity)
         codes = codes if mask is None else codes * mask
         return Quantized(codes.int(), scale, mask, None, None, 0.0, float("nan"))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a model that shares the weights of the layers, which nobody changes."""
+    weights: dict[int, nn.Parameter] = {}
+    for layer in compressible_layers(model):
+        weight = layer.module._parameters.get("weight")
+        if weight is not None:  # not one on a grid
+            weights[id(weight)] = weight
+    return copy.deepcopy(model, dict(weights))
 
 
 def scaled(level: Level, factor: float) -> Level:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Moments", "gather"]
 
-ENOUGH_ROWS = 131_072  # positions after which every other one is left out
+ENOUGH_ROWS = 65_536  # positions after which every other one is left out
 
 
 @dataclass

@@ -32,6 +32,7 @@ __all__ = ["Quantized", "quantize"]
 
 DEAD = 1e-4  # share of the mean energy that an input's largest weight carries
 RATE_PASSES = 3
+CHUNK = 512  # rows of codes that exist in float64 at a time
 
 
 @dataclass
@@ -85,7 +86,7 @@ def quantize(
         CalibrationError: H cannot be inverted.
     """
     groups = len(fitted.second)
-    dense = weight.double().reshape(groups, -1, weight.shape[1])
+    dense = weight.float().reshape(groups, -1, weight.shape[1])
     centered = biased and options.bias
     problems = _problems(dense, fitted, held_out, options, name, centered=centered)
     mask = prune_([p.target for p in problems], level.sparsity)
@@ -98,11 +99,12 @@ def quantize(
         kept = None if mask is None else mask.reshape(dense.shape)[g]
         swept = problem.sweep(own, _max_code(level), kept, options)
         codes[g] = problem.target.unsorted(swept)
-        values = swept * own.double().reshape(-1, 1)
+        step = own.double().flatten()
         if scalable and options.row_scale:
-            gain[g] = problem.gain(values)
-        outputs = (problem.target.unsorted(values) @ problem.mean) * gain[g]
-        shift[g] = problem.output - outputs
+            gain[g] = problem.gain(swept * step.reshape(-1, 1))
+        mean = problem.mean[problem.target.order]
+        outputs = [part.double() @ mean for part in torch.split(swept, CHUNK)]
+        shift[g] = problem.output - torch.cat(outputs) * step * gain[g]
     moved = [p.target.gain for p in problems]
     trust = sum(held for held, _ in moved) / (sum(fit for _, fit in moved) or math.nan)
     return Quantized(
@@ -202,7 +204,7 @@ def _problems(
     problems = []
     for g, weight in enumerate(dense):
         second = whole.second[g].diagonal()[:-1] / max(whole.count, 1.0)
-        energy = weight.square().amax(0) * second
+        energy = weight.abs().amax(0).double().square() * second
         live = energy >= DEAD * energy.mean()
         parts = [
             None if part is None else Normal.of(part, g, centered=centered)
@@ -210,6 +212,8 @@ def _problems(
         ]
         assert parts[2] is not None
         mean, output = parts[2].mean, parts[2].output
+        if len(dense) == 1:  # from here on the equations alone hold the memory
+            whole.second, whole.cross = second.new_empty(0), second.new_empty(0)
         target = solve(
             weight,
             parts[1] or parts[2],

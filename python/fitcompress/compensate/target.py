@@ -106,10 +106,10 @@ def solve(
     """Return the target of one group.
 
     Args:
-        weight: W, float64 [rows, columns].
+        weight: W, float32 [rows, columns].
         fitted: Of most of the data.
         held_out: Of the others, or None if there are none.
-        whole: Of all of them; its H is overwritten.
+        whole: Of all of them; used up, to save memory.
         damping: δ over the mean diagonal of H.
         drift: γ, or None to choose it.
         name: Of the layer, for messages.
@@ -125,23 +125,27 @@ def solve(
     scale = float(whole.h.diagonal().mean())
     if not scale > 0:  # inputs are constant: there is nothing to compensate with
         eye = torch.eye(len(whole.h), dtype=torch.float64, device=weight.device)
-        return Target(weight, eye, eye.diagonal(), torch.arange(len(eye)), 0.0)
+        order = torch.arange(len(eye), device=weight.device)
+        return Target(weight.double(), eye, eye.diagonal(), order, 0.0)
     lower, order, ridge = _factor(whole.h, damping * scale, name)
-    target = weight
+    whole.h = lower.new_empty(0)
     if drift > 0:
-        right = whole.x.add(weight, alpha=ridge).T[order]
-        target = torch.cholesky_solve(right, lower).T
+        right = whole.x.add_(weight, alpha=ridge).T[order]
+        whole.x = lower.new_empty(0)
+        target = torch.cholesky_solve(right, lower)
         del right
-        target = torch.lerp(weight[:, order], target, drift)
+        target = target.T.contiguous().mul_(drift)
+        target.add_(weight[:, order], alpha=1 - drift)
     else:
-        target = weight[:, order]
+        target = weight[:, order].double()
     inverse = torch.cholesky_inverse(lower)
     del lower
     diagonal = inverse.diagonal().clone()
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    del inverse
     if failed:
         raise _singular(name, damping)
-    return Target(target.contiguous(), upper.contiguous(), diagonal, order, drift, gain)
+    return Target(target, upper.contiguous(), diagonal, order, drift, gain)
 
 
 def _factor(
@@ -149,11 +153,11 @@ def _factor(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ."""
     order = h.diagonal().argsort(descending=True, stable=True)
-    added = 0.0
+    h, added = h[order][:, order], 0.0
     for _ in range(ATTEMPTS):
         h.diagonal().add_(ridge - added)
         added = ridge
-        lower, failed = torch.linalg.cholesky_ex(h[order][:, order])
+        lower, failed = torch.linalg.cholesky_ex(h)
         if not failed:
             return lower, order, ridge
         logger.warning("layer %s: H is singular, damping raised tenfold", name)
@@ -168,8 +172,8 @@ def _cross_validated(
     scale = float(fitted.h.diagonal().mean())
     if not scale > 0:
         return 0.0, (0.0, 0.0)
-    h = fitted.h.clone()
-    lower, order, ridge = _factor(h, damping * scale, name)
+    weight = weight.double()
+    lower, order, ridge = _factor(fitted.h.clone(), damping * scale, name)
     right = fitted.x.add(weight, alpha=ridge).T[order]
     correction = torch.empty_like(weight)
     correction[:, order] = torch.cholesky_solve(right, lower).T

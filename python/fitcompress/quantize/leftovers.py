@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -125,11 +125,19 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
         norm.bias.copy_(norm.bias.double() + a * mean)
 
 
-def round_leftovers_(model: nn.Module) -> None:
-    """Round parameters that are on no grid to 16 bits, in place; buffers stay."""
+def round_leftovers_(
+    model: nn.Module, except_for: Collection[torch.Tensor] = ()
+) -> None:
+    """Round parameters that are on no grid to 16 bits, in place; buffers stay.
+
+    Args:
+        model: With or without grids.
+        except_for: Parameters that will be on one.
+    """
+    left_alone = {id(tensor) for tensor in except_for}
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
-            if name != "original":  # the latent weight of a grid
+            if name != "original" and id(tensor) not in left_alone:  # on a grid
                 with torch.no_grad():
                     tensor.copy_(to_half(tensor))
 

@@ -92,6 +92,22 @@ def test_killed_while_measuring(
     assert left(tmp_path) == set()
 
 
+def test_moments_of_other_data_are_not_used(
+    net, batches, tmp_path, monkeypatch, saving, caplog
+) -> None:
+    file = tmp_path / "c"
+    with monkeypatch.context() as patch:
+        killed_after(patch, FisherEstimator, "update", 2)
+        with pytest.raises(KilledError):
+            compress(net, batches, file, samples=90)
+    others = [batches[0], *(5 * x for x in batches[1:])]
+    with caplog.at_level(logging.WARNING):
+        assert compress(net, others, file, samples=90) == compress(
+            net, others, samples=90
+        )
+    assert "c.measure belongs to another measurement and is not used" in caplog.text
+
+
 @pytest.mark.parametrize("survived", [0, 1, 3, 5])
 def test_killed_while_applying(
     net, batches, tmp_path, monkeypatch, saving, survived

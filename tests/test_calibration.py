@@ -143,12 +143,7 @@ class Draws(nn.Module):
     ("model", "shape"),
     [
         (Mixes, (8, 6)),
-        pytest.param(
-            *(Centers, (8, 6)),
-            marks=pytest.mark.xfail(
-                reason="outputs are compared in reverse order only"
-            ),
-        ),
+        (Centers, (8, 6)),
         (TimeFirst, (8, 5, 6)),
         (Draws, (8, 6)),
     ],
@@ -162,7 +157,6 @@ def test_models_that_mix_the_samples_of_a_batch(model, shape) -> None:
         fc.apply(model, plan, [noise(*shape)], progress=False)
 
 
-@pytest.mark.xfail(reason="only the first batch of the loader is looked at")
 def test_models_that_mix_are_found_whatever_the_loader_does() -> None:
     model = Mixes()
     with pytest.raises(CalibrationError):
@@ -294,7 +288,7 @@ def test_the_divergence_is_that_of_two_normal_distributions() -> None:
         normal(norm.running_mean, norm.running_var),
     ).mean()
     found = norm_divergence(model, list(x.split(100)))
-    assert found == pytest.approx(float(wanted), rel=1e-4)
+    assert found == pytest.approx(float(wanted) - 2 / 500, rel=1e-4)
     assert norm_divergence(nn.Linear(3, 2), [x]) is None
     assert not norm._forward_pre_hooks
     untracked = nn.BatchNorm1d(3, track_running_stats=False)
@@ -316,7 +310,6 @@ def test_too_few_samples_are_noticed(caplog, samples) -> None:
     assert all(f"{samples} samples" in text for text in found)
 
 
-@pytest.mark.xfail(reason="the first layer has nothing to correct, and is counted")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_many_samples_suffice_for_few_layers(caplog, depth) -> None:
     torch.manual_seed(0)
@@ -370,7 +363,7 @@ class Branches(nn.Module):
 
 OUTLETS = {
     "normed": Outlet("norm", norm=True),
-    "both": Outlet("second", norm=True),
+    "both": Outlet("both"),
     "biased": Outlet("biased"),
     "bare": Outlet(None),
 }
@@ -426,7 +419,6 @@ def test_a_shift_or_a_gain_alone_and_none(branches) -> None:
     torch.testing.assert_close(branches.biased.bias, moved, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.xfail(reason="in place, the input of the norm is the layer's output")
 @pytest.mark.parametrize("change", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)])
 def test_a_norm_behind_an_operation_in_place_takes_nothing(change) -> None:
     model = nn.Sequential(nn.Linear(4, 4), change, nn.BatchNorm1d(4)).eval()
@@ -452,7 +444,7 @@ def test_norms_that_are_shared_take_nothing() -> None:
     model = Shared().eval()
     fold_norms_(model)
     found = find_outlets(model, compressible_layers(model), noise(2, 4))
-    assert found == {name: Outlet(name) for name in ("twice", "a", "b")}
+    assert found == {"twice": Outlet(None), "a": Outlet("a"), "b": Outlet("b")}
 
 
 class Unreached(nn.Module):
@@ -466,10 +458,10 @@ class Unreached(nn.Module):
 
 def test_layers_that_are_never_reached() -> None:
     model = Unreached()
-    with pytest.raises(CalibrationError, match=r"'spare'.*got 1 of 2.*To fix it"):
-        find_outlets(model, compressible_layers(model), noise(2, 4))
+    found = find_outlets(model, compressible_layers(model), noise(2, 4))
+    assert found == {"used": Outlet("used"), "spare": Outlet(None)}
     plan = plan_for(model, fc.Grid(bits=4))
-    with pytest.raises(CalibrationError, match="'spare'"):
+    with pytest.raises(CalibrationError, match=r"'spare'.*got 1 of 2.*To fix it"):
         fc.apply(model, plan, [noise(8, 4)], progress=False)
 
 

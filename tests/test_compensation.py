@@ -291,7 +291,7 @@ def test_degenerate_inputs_are_no_obstacle(caplog) -> None:
     assert ((weight - 0.1 * made.codes).sum(1).abs() <= 0.06).all()
     singular = Compensation(drift=0.0, bias=False, damping=1e-12)
     first = torch.zeros(1, 5, 5, dtype=torch.float64)
-    first[0, :4, :4] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-9]))
+    first[0, :4, :4] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-5]))
     first[0, 4, 4] = 1
     cross = torch.zeros(1, 3, 5, dtype=torch.float64)
     quantize(weight, Moments(first, cross), None, level, singular)
@@ -375,3 +375,54 @@ def test_the_default_beam_is_as_wide_as_it_is_cheap() -> None:
     assert options.paths(4096, 4096) == 1
     assert 1 < options.paths(1024, 2048) < 16
     assert Compensation(beam=5).paths(10**6, 10**6) == 5
+
+
+def test_a_large_constant_input_leaves_the_others_alive() -> None:
+    x, weight = correlated(400, 16), torch.randn(8, 16)
+    x[:, 0] = 1000.0
+    level = level_of(fc.Grid(step=0.02), weight)
+    moments = moments_of(x, x @ weight.T)
+    made = quantize(weight, moments, None, level, Compensation(drift=0.0), biased=True)
+    assert (made.codes[:, 1:] != 0).float().mean() > 0.9
+
+
+def test_constant_inputs_are_rounded_to_nearest() -> None:
+    weight = torch.randn(8, 16)
+    for x in (torch.randn(1, 16), torch.full((64, 16), 0.1), 1e4 + torch.randn(64, 16)):
+        layer = nn.Linear(16, 8)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        moments = gather(layer_of(layer), [x], [x])
+        level = level_of(fc.Grid(step=0.02), weight)
+        options = Compensation(drift=1.0)
+        made = quantize(weight, moments, None, level, options, biased=True)
+        assert (made.codes * 0.02 - weight).abs().max() < 0.1
+
+
+def test_masks_spend_nothing_on_groups_without_input() -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    x = torch.randn(64, 8, 8, 8)
+    x[:, :4] = 0
+    layer = layer_of(module)
+    level = fc.Level(fc.Grid(step=0.01), 0.5, layer.shape)
+    moments = gather(layer, [x], [x])
+    made = quantize(layer.matrix(), moments, None, level, Compensation(drift=0.0))
+    assert not made.codes[:4].any()
+    assert made.codes[4:].all()
+
+
+def test_a_forward_of_its_own_is_not_asked() -> None:
+    class Tenth(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, 0.1 * self.weight, self.bias)
+
+    torch.manual_seed(0)
+    module, x = Tenth(6, 4), torch.randn(50, 6)
+    moments = gather(layer_of(module), [x], [x])
+    torch.testing.assert_close(
+        moments.cross[0, :, :-1],
+        (module.weight @ x.T @ x).double(),
+        rtol=1e-4,
+        atol=1e-4,
+    )

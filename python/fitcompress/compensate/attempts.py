@@ -40,9 +40,10 @@ class Attempts:
         if self._path is not None and self._path.exists():
             self._kept = _read(self._path, key)
 
-    def get(self, attempt: str, layer: str) -> Quantized | None:
-        """Return a layer that was put before, or None."""
-        found = {f: self._kept.get(f"{attempt}/{layer}/{f}") for f in FIELDS}
+    def get(self, attempt: str, layer: str, device: torch.device) -> Quantized | None:
+        """Return a layer that was put before, on a device, or None."""
+        kept = {f: self._kept.get(f"{attempt}/{layer}/{f}") for f in FIELDS}
+        found = {f: None if t is None else t.to(device) for f, t in kept.items()}
         numbers = self._kept.get(f"{attempt}/{layer}/numbers")
         codes, scale = found["codes"], found["scale"]
         if codes is None or scale is None or numbers is None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fitcompress.compensate.outlets import tensors
 from fitcompress.data.batches import take
 from fitcompress.errors import CalibrationError, NonFiniteError
+from fitcompress.model.patches import layer_input
 from fitcompress.progress import Bar
 from fitcompress.quantize import is_folded
 
@@ -83,7 +85,13 @@ def prepare(
                 wanted="finite inputs",
                 fix="look for NaN in the calibration data",
             )
-    check_independent(model, given[0])
+    check_independent(model, _first_few(given))
+    if sum(len(x) for x in given) < HELD_OUT:
+        logger.warning(
+            "only %d calibration samples: too few to correct the drift of inputs; a "
+            "thousand are plenty",
+            sum(len(x) for x in given),
+        )
     calibration = Calibration(_cut(given, _largest_input(model, layers, given[0])))
     _compare_norms(model, calibration.pilot() or calibration)
     return calibration
@@ -96,22 +104,21 @@ def check_independent(model: nn.Module, x: torch.Tensor) -> None:
     Raises:
         CalibrationError: It does, so that batches cannot be cut.
     """
-    some = x[:4]
-    if len(some) < 2:
+    if len(x) < 2:
         return
-    there, back = _outputs(model, some), _outputs(model, some.flip(0))
-    for a, b in zip(there, back, strict=True):
-        if not a.is_floating_point() or a.dim() == 0 or a.shape != b.shape:
+    half = len(x) // 2
+    whole, part = tensors(model(x)), tensors(model(x[half:].flip(0)))
+    for out, b in zip(whole, part, strict=True):
+        if out.dim() == 0 or len(out) != len(x):
             continue
-        if len(a) != len(some) or not bool(torch.isfinite(a).all()):
+        a = out[half:].flip(0)
+        if a.shape != b.shape or not bool(torch.isfinite(a).all()):
             continue
-        change = float(
-            (a - b.flip(0)).double().norm() / a.double().norm().clamp_min(1e-30)
-        )
+        change = float((a - b).double().norm() / a.double().norm().clamp_min(1e-30))
         if change > 1e-2:
             raise CalibrationError(
                 "the model's output for a sample depends on the rest of its batch",
-                got=f"outputs that change by {100 * change:.1f} % when it is reversed",
+                got=f"outputs that change by {100 * change:.1f} % in another batch",
                 wanted="samples along the first dimension, each on its own",
                 fix="put the batch first, and switch off what mixes or draws at random",
             )
@@ -121,7 +128,8 @@ def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | No
     """Return how far inputs are from those that the batch norms have seen.
 
     Mean over channels and norms of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) in nats, with μ̂ and σ̂² of
-    these inputs and the norms' running μ and σ². About .0005 for a thousand inputs of
+    these inputs and the norms' running μ and σ², less what as many values scatter by
+    (2 / their number). About .0005 for a thousand inputs of
     the training distribution, .015 for the same without its augmentation, .4 for inputs
     that were not normalised (measured on ResNet-20). None without batch norms.
     """
@@ -134,14 +142,16 @@ def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | No
     ]
     sums: dict[nn.Module, list[torch.Tensor | float]] = {}
 
-    def add(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].double().transpose(0, 1).flatten(1)
+    def add(norm: nn.Module, args: Any, named: Any) -> None:
+        x = layer_input(args, named).double().transpose(0, 1).flatten(1)
         total = sums.setdefault(norm, [0.0, 0.0, 0.0])
         total[0] += x.shape[1]
         total[1] = total[1] + x.sum(1)
         total[2] = total[2] + x.square().sum(1)
 
-    handles = [norm.register_forward_pre_hook(add) for norm in norms]
+    if not norms:
+        return None
+    handles = [norm.register_forward_pre_hook(add, with_kwargs=True) for norm in norms]
     try:
         with torch.no_grad():
             for x in batches:
@@ -161,7 +171,8 @@ def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | No
         variance = torch.as_tensor(second) / count - mean.square() + norm.eps
         ratio = variance.clamp_min(1e-12) / known
         shift = (mean - norm.running_mean.double()).square() / known
-        found.append(float((ratio + shift - 1 - ratio.log()).mean()) / 2)
+        excess = float((ratio + shift - 1 - ratio.log()).mean()) / 2 - 2 / float(count)
+        found.append(max(excess, 0.0))
     return sum(found) / len(found) if found else None
 
 
@@ -180,15 +191,10 @@ def _compare_norms(model: nn.Module, calibration: Calibration) -> None:
         )
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    out = model(x)
-    if torch.is_tensor(out):
-        return [out]
-    values = out.values() if isinstance(out, dict) else out
-    if not isinstance(values, (list, tuple)) and not hasattr(values, "__iter__"):
-        return []
-    return [v for v in values if torch.is_tensor(v)]
+def _first_few(given: list[torch.Tensor]) -> torch.Tensor:
+    """Return up to four samples of one shape."""
+    alike = [x[:4] for x in given if x.shape[1:] == given[0].shape[1:]]
+    return torch.cat(alike[:4])[:4]
 
 
 @torch.no_grad()
@@ -220,9 +226,27 @@ def _cut(given: list[torch.Tensor], sample_bytes: int) -> list[torch.Tensor]:
     samples = sum(len(x) for x in given)
     size = min(LARGEST_BATCH, max(1, BATCH_BYTES // max(sample_bytes, 1)))
     size = max(min(size, math.ceil(samples / BATCHES)), math.ceil(samples / PASSES))
-    if any(x.shape[1:] != given[0].shape[1:] for x in given):
-        return [part for x in given for part in torch.split(x, size)]
-    batches, parts, missing = [], [], size
+    shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for x in given:
+        shapes.setdefault(tuple(x.shape[1:]), []).append(x)
+    batches = [part for alike in shapes.values() for part in _regrouped(alike, size)]
+    if len(batches) > 2 * PASSES:
+        every = math.ceil(len(batches) / (2 * PASSES))
+        logger.warning(
+            "%d shapes of calibration inputs: only every %dth batch is used; pad them "
+            "to few lengths to use all",
+            len(shapes),
+            every,
+        )
+        batches = batches[::every]
+    return batches
+
+
+def _regrouped(given: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+    """Cut inputs of one shape into batches of one size."""
+    batches: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
+    missing = size
     for x in given:
         rest = x
         while len(rest):

@@ -20,10 +20,11 @@ from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.size_fit import Pace, entropy_bits, fit
-from fitcompress.compensate.statistics import gather
+from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import LARGE
 from fitcompress.data.batches import digest
+from fitcompress.errors import CalibrationError
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.costs import overhead_bytes
@@ -151,7 +152,7 @@ class Compressor:
             modules = {layer.name: layer.module for layer in self.layers}
             with threads(FIXED):
                 self.calibration = prepare(self.model, modules, calibrate, samples)
-                few = self.calibration.batches[0][:2]
+                few = self.calibration.batches[0][:16]
                 self._outlets = find_outlets(self._folded, self.layers, few)
         self.attempts = Attempts(checkpoint, self._key())
 
@@ -212,12 +213,12 @@ class Compressor:
         with dense, now:
             for _ in layers:
                 reached, reached_now = dense.advance(), now.advance()
-                assert reached is not None
-                assert reached_now is not None
+                if reached is None or reached_now is None:
+                    raise _not_reached([n for n in layers if n not in levels], layers)
                 name, layer = reached[0], layers[reached[0]]
                 level = scaled(self.plan.levels[name], pace.factor(name))
                 levels[name] = level
-                made = self.attempts.get(pace.label, name)
+                made = self.attempts.get(pace.label, name, layer.weight.device)
                 if made is None:
                     made = self._quantized(
                         layer, level, reached[1], reached_now[1], calibration, options
@@ -246,10 +247,17 @@ class Compressor:
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
-        fitted = gather(layer, [dense[n] for n in fit_on], [now[n] for n in fit_on])
+        skip = position_skip(layer, now)
+        fitted = gather(
+            layer, [dense[n] for n in fit_on], [now[n] for n in fit_on], skip=skip
+        )
         held_out = None
+        if judged and not held:  # too few to tell a correction from noise
+            options = replace(options, drift=0.0)
         if held:
-            held_out = gather(layer, [dense[n] for n in held], [now[n] for n in held])
+            held_out = gather(
+                layer, [dense[n] for n in held], [now[n] for n in held], skip=skip
+            )
         outlet = self._outlets[layer.name]
         return quantize(
             layer.matrix(),
@@ -329,6 +337,15 @@ def _largest_code(level: Level) -> int:
 
 def _coded_bytes(codes: torch.Tensor) -> int:
     return len(_core.encode(codes.cpu().numpy()))
+
+
+def _not_reached(missing: list[str], layers: dict[str, Layer]) -> CalibrationError:
+    return CalibrationError(
+        f"the calibration data never reach layer {missing[0]!r}",
+        got=f"{len(missing)} of {len(layers)} layers not reached",
+        wanted="a forward pass that uses every compressible layer",
+        fix="calibrate with inputs that exercise it, or remove the layer",
+    )
 
 
 def _judge(trusts: list[float], samples: int) -> None:

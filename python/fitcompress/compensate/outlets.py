@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitcompress.errors import CalibrationError
+from fitcompress.model.patches import layer_input
 from fitcompress.quantize import is_folded, to_half
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["Outlet", "find_outlets"]
+__all__ = ["Outlet", "find_outlets", "tensors"]
 
 
 @dataclass(frozen=True)
@@ -67,58 +68,102 @@ def find_outlets(
 ) -> dict[str, Outlet]:
     """Return the outlet of every layer, seen by running ``x``.
 
+    The layer's own bias if it has one; else a norm over the same channels that reads
+    the layer's output as it is, and is the only one to read it. A layer that runs more
+    than once, or not at all, has none: its inputs have no one mean.
+
     Args:
         model: With folded norms.
         layers: Names of the layers are looked up in ``model``.
         x: Some inputs.
-
-    Raises:
-        CalibrationError: A layer is never reached; names the first one.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     norms = {name: m for name, m in model.named_modules() if is_folded(m)}
-    made: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    taken: dict[str, list[torch.Tensor]] = {name: [] for name in norms}
-    handles = []
-    for name, module in modules.items():
+    made: dict[str, list[tuple[torch.Tensor, int]]] = {name: [] for name in modules}
+    taken: dict[str, list[tuple[torch.Tensor, int]]] = {name: [] for name in norms}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
 
-        def output(_: Any, __: Any, out: torch.Tensor, name: str = name) -> None:
-            made[name].append(out)
+            def output(_: Any, __: Any, out: torch.Tensor, name: str = name) -> None:
+                made[name].append((out, out._version))
 
-        handles.append(module.register_forward_hook(output))
-    for name, module in norms.items():
+            hooks.callback(module.register_forward_hook(output).remove)
+        for name, module in norms.items():
 
-        def take(_: Any, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-            taken[name].append(args[0])
+            def take(_: Any, args: Any, named: Any, name: str = name) -> None:
+                read = layer_input(args, named)
+                taken[name].append((read, read._version))
 
-        handles.append(module.register_forward_pre_hook(take))
-    try:
+            handle = module.register_forward_pre_hook(take, with_kwargs=True)
+            hooks.callback(handle.remove)
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name, outputs in made.items() if not outputs]
-    if missing:
-        raise CalibrationError(
-            f"the calibration data never reach layer {missing[0]!r}",
-            got=f"{len(missing)} of {len(layers)} layers not reached",
-            wanted="a forward pass that uses every compressible layer",
-            fix="calibrate with inputs that exercise it, or remove the layer",
-        )
-    outlets = {}
-    for name, module in modules.items():
-        follower = next(
-            (
-                n
-                for n, inputs in taken.items()
-                if len(made[name]) == len(inputs) == 1 and inputs[0] is made[name][0]
-            ),
-            None,
-        )
-        if follower is not None:
-            outlets[name] = Outlet(follower, norm=True)
-        elif isinstance(getattr(module, "bias", None), torch.Tensor):
-            outlets[name] = Outlet(name)
-        else:
-            outlets[name] = Outlet(None)
+    outlets, followers = {}, {}
+    for layer in layers:
+        outlets[layer.name] = Outlet(None)
+        if len(made[layer.name]) != 1 or layer.one_hot:
+            continue
+        if isinstance(getattr(modules[layer.name], "bias", None), torch.Tensor):
+            outlets[layer.name] = Outlet(layer.name)
+            continue
+        out, version = made[layer.name][0]
+        for norm, reads in taken.items():
+            same = len(reads) == 1 and reads[0][0] is out and reads[0][1] == version
+            if same and _channels_agree(layer, out, norms[norm]):
+                followers[layer.name] = norm
+    for group in (list(followers), *([name] for name in followers)):
+        if _sole_readers(model, {name: followers[name] for name in group}, x):
+            for name in group:
+                outlets[name] = Outlet(followers[name], norm=True)
+            if len(group) == len(followers):
+                break
     return outlets
+
+
+def _channels_agree(layer: Layer, out: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether the norm's channels are the layer's rows, along dimension 1."""
+    dimension = 1 if hasattr(layer.module, "kernel_size") else out.dim() - 1
+    return dimension == 1 and getattr(norm, "num_features", None) == layer.rows
+
+
+def _sole_readers(model: nn.Module, followers: dict[str, str], x: torch.Tensor) -> bool:
+    """Whether nothing but these norms reads the outputs of these layers.
+
+    Constants are added to the outputs and taken off again where the norms read them:
+    the model's outputs do not change unless something else has read them too.
+    """
+    before = tensors(model(x))
+    with contextlib.ExitStack() as hooks:
+        for name, norm in followers.items():
+
+            def add(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+                return out + 1.0
+
+            def take(
+                _: Any, args: tuple[Any, ...], named: dict[str, Any]
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                read = layer_input(args, named) - 1.0
+                return (read,), {}
+
+            layer = model.get_submodule(name)
+            hooks.callback(layer.register_forward_hook(add).remove)
+            handle = model.get_submodule(norm).register_forward_pre_hook(
+                take, with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        after = tensors(model(x))
+    return len(before) == len(after) and all(
+        a.shape == b.shape
+        and float((a - b).double().norm()) <= 1e-3 * float(a.double().norm()) + 1e-6
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def tensors(out: Any) -> list[torch.Tensor]:
+    """Return the float tensors in a model's output, however nested."""
+    if torch.is_tensor(out):
+        return [out] if out.is_floating_point() else []
+    if isinstance(out, dict):
+        out = list(out.values())
+    if isinstance(out, (list, tuple)):
+        return [tensor for part in out for tensor in tensors(part)]
+    return []

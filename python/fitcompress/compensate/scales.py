@@ -47,7 +47,8 @@ def clipped_scales(
     for g, problem in enumerate(problems):
         rows = len(problem.target.weight)
         own = None if mask is None else mask[g * rows : (g + 1) * rows]
-        largest = half_up((problem.target.weight.abs().amax(1) / max_code).float())
+        used = problem.target.weight * problem.live[problem.target.order]
+        largest = half_up((used.abs().amax(1) / max_code).float())
         if options.clipping:
             found.append(_best(problem, largest, max_code, own, options))
         else:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from fitcompress import ops
 from fitcompress.errors import NonFiniteError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["Moments", "gather"]
+__all__ = ["Moments", "gather", "position_skip"]
 
 ENOUGH_ROWS = 65_536  # positions after which every other one is left out
 
@@ -67,8 +68,13 @@ class Moments:
         return self
 
 
+@torch.no_grad()
 def gather(
-    layer: Layer, dense: Sequence[torch.Tensor], compressed: Sequence[torch.Tensor]
+    layer: Layer,
+    dense: Sequence[torch.Tensor],
+    compressed: Sequence[torch.Tensor],
+    *,
+    skip: int | None = None,
 ) -> Moments:
     """Return the moments of one layer.
 
@@ -76,17 +82,20 @@ def gather(
         layer: The layer of the dense network.
         dense: Its inputs there, one tensor per batch.
         compressed: Its inputs in the network compressed so far.
+        skip: Take every so many-th position per dimension; None: see
+            :func:`position_skip`.
 
     Raises:
         NonFiniteError: An input of the layer is NaN or infinite.
     """
     moments = Moments.zeros(layer, compressed[0].device)
-    skip = _skip(layer, compressed)
+    skip = skip or position_skip(layer, compressed)
     for number, (x_dense, x_now) in enumerate(zip(dense, compressed, strict=True)):
         windows, kernel, stride, dilation = padded_input(layer.module, x_now)
-        y = _outputs(layer.module, x_dense)
+        y = _outputs(layer, x_dense)
         if _is_linear(layer.module):
-            windows, y = windows[number % skip :: skip], y[number % skip :: skip]
+            first = number * skip // len(compressed)  # sequences: all their places
+            windows, y = windows[first::skip], y[first::skip]
             start, step = [0, 0, 0], [1, 1, 1]
         else:
             step = [min(skip, size) for size in y.shape[2:]]
@@ -111,27 +120,36 @@ def gather(
             fix="look for NaN in the calibration data",
         )
     return moments
-    return moments
 
 
 def _is_linear(module: nn.Module) -> bool:
     return not hasattr(module, "kernel_size")
 
 
-def _outputs(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return W x as [N, rows, D, H, W], float32: the output without its bias."""
-    y: torch.Tensor = module.forward(x).float()  # not called: hooks are not for this
-    bias = getattr(module, "bias", None)
+def _outputs(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Return W x as [N, rows, D, H, W], float32: the output without its bias.
+
+    From the weight and the declared padding, whatever a subclass makes of them.
+    """
+    module: Any = layer.module
+    weight = layer.weight.detach()
     if _is_linear(module):
-        y = y if bias is None else y - bias
+        y = F.linear(x, weight).float()
         return y.reshape(-1, y.shape[-1], 1, 1, 1)
-    dims = len(module.kernel_size)  # type: ignore[arg-type]
-    y = y if y.dim() == dims + 2 else y.unsqueeze(0)
-    y = y if bias is None else y - bias.reshape(-1, *[1] * dims)
+    dims = len(module.kernel_size)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    if layer.view.transposed_groups:
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[
+            dims - 1
+        ]
+        own = (module.stride, module.padding, module.output_padding, module.groups)
+        y = convolve(x, weight, None, *own, module.dilation).float()
+    else:
+        y = module._conv_forward(x, weight, None).float()
     return y.reshape(*y.shape[:2], *[1] * (3 - dims), *y.shape[2:])
 
 
-def _skip(layer: Layer, inputs: Sequence[torch.Tensor]) -> int:
+def position_skip(layer: Layer, inputs: Sequence[torch.Tensor]) -> int:
     """Return 2, 4, … if every 2nd, 4th, … position per dimension is plenty, else 1.
 
     For a transposed convolution a number that has no factor in common with its stride:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Quantized", "quantize"]
 
-DEAD = 1e-4  # share of the mean energy that an input's largest weight carries
+DEAD = 0.01  # of the noise of rounding, carried by an input's largest weight
 RATE_PASSES = 3
 CHUNK = 512  # rows of codes that exist in float64 at a time
 
@@ -88,7 +88,9 @@ def quantize(
     groups = len(fitted.second)
     dense = weight.float().reshape(groups, -1, weight.shape[1])
     centered = biased and options.bias
-    problems = _problems(dense, fitted, held_out, options, name, centered=centered)
+    problems = _problems(
+        dense, fitted, held_out, level, options, name, centered=centered
+    )
     mask = prune_([p.target for p in problems], level.sparsity)
     scale = _scale(problems, level, options, mask)
     codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
@@ -105,7 +107,7 @@ def quantize(
         mean = problem.mean[problem.target.order]
         outputs = [part.double() @ mean for part in torch.split(swept, CHUNK)]
         shift[g] = problem.output - torch.cat(outputs) * step * gain[g]
-    moved = [p.target.gain for p in problems]
+    moved = [p.target.gain for p in problems if not math.isnan(p.target.gain[1])]
     trust = sum(held for held, _ in moved) / (sum(fit for _, fit in moved) or math.nan)
     return Quantized(
         codes.reshape(weight.shape),
@@ -190,6 +192,7 @@ def _problems(
     dense: torch.Tensor,
     fitted: Moments,
     held_out: Moments | None,
+    level: Level,
     options: Compensation,
     name: str,
     *,
@@ -203,9 +206,6 @@ def _problems(
         whole, held_out = fitted.add_(held_out), None
     problems = []
     for g, weight in enumerate(dense):
-        second = whole.second[g].diagonal()[:-1] / max(whole.count, 1.0)
-        energy = weight.abs().amax(0).double().square() * second
-        live = energy >= DEAD * energy.mean()
         parts = [
             None if part is None else Normal.of(part, g, centered=centered)
             for part in (held_out, fitted if held_out is not None else None, whole)
@@ -213,7 +213,11 @@ def _problems(
         assert parts[2] is not None
         mean, output = parts[2].mean, parts[2].output
         if len(dense) == 1:  # from here on the equations alone hold the memory
-            whole.second, whole.cross = second.new_empty(0), second.new_empty(0)
+            whole.second, whole.cross = mean.new_empty(0), mean.new_empty(0)
+        second = parts[2].h.diagonal().clamp_min(parts[2].noise)
+        energy = weight.abs().amax(0).double().square() * second
+        live = energy > DEAD * _step(weight, level) ** 2 / 12 * second.mean()
+        live &= parts[2].live
         target = solve(
             weight,
             parts[1] or parts[2],
@@ -225,6 +229,13 @@ def _problems(
         )
         problems.append(Problem(target, mean, output, live))
     return problems
+
+
+def _step(weight: torch.Tensor, level: Level) -> float:
+    """Return Δ, or about what it will be."""
+    if level.grid.step is not None:
+        return level.grid.step
+    return float(weight.abs().amax(1).median()) / _max_code(level)
 
 
 def _max_code(level: Level) -> int:

@@ -30,8 +30,10 @@ __all__ = ["Normal", "Target", "solve"]
 logger = logging.getLogger(__name__)
 
 DRIFT = 0.75  # γ where cross-validation would take too much memory
+NOISE = 1e-5  # of the mean square, in float32 sums over a tile
 LARGE = 2048  # columns from which on it would
 ATTEMPTS = 6
+WORTH = 1e-4  # share of the outputs' energy that a correction gains at least
 
 
 @dataclass
@@ -43,12 +45,17 @@ class Normal:
         x: X, [rows, columns].
         mean: μ, [columns]; zero if means are not left out.
         output: ȳ, [rows], likewise.
+        live: Which inputs are ever other than zero, bool [columns].
+        noise: What rounding may have made of the diagonal of H: float32 sums of
+            squares, from which the means are taken off.
     """
 
     h: torch.Tensor
     x: torch.Tensor
     mean: torch.Tensor
     output: torch.Tensor
+    live: torch.Tensor
+    noise: float
 
     @classmethod
     def of(cls, moments: Moments, group: int, *, centered: bool) -> Normal:
@@ -57,12 +64,17 @@ class Normal:
         count = max(moments.count, 1.0)
         h, x = second[:-1, :-1].div_(count), cross[:, :-1].div_(count)
         mean, output = second[:-1, -1] / count, cross[:, -1] / count
+        live, noise = h.diagonal() > 0, NOISE * float(h.diagonal().mean())
         if centered:
             h.addr_(mean, mean, alpha=-1)
             x.addr_(output, mean, alpha=-1)
         else:
             mean, output = torch.zeros_like(mean), torch.zeros_like(output)
-        return cls(h, x, mean, output)
+        return cls(h, x, mean, output, live, noise)
+
+    def ridge(self, damping: float) -> float:
+        """Return δ."""
+        return max(damping * float(self.h.diagonal().mean()), self.noise)
 
 
 @dataclass
@@ -122,12 +134,13 @@ def solve(
         drift = DRIFT
         if held_out is not None:
             drift, gain = _cross_validated(weight, fitted, held_out, damping, name)
-    scale = float(whole.h.diagonal().mean())
-    if not scale > 0:  # inputs are constant: there is nothing to compensate with
+    ridge = whole.ridge(damping)
+    if not ridge > 0:  # inputs are zero: there is nothing to compensate with
         eye = torch.eye(len(whole.h), dtype=torch.float64, device=weight.device)
         order = torch.arange(len(eye), device=weight.device)
-        return Target(weight.double(), eye, eye.diagonal(), order, 0.0)
-    lower, order, ridge = _factor(whole.h, damping * scale, name)
+        nothing = torch.full_like(eye[0], torch.inf)  # any weight may go
+        return Target(weight.double(), eye, nothing, order, 0.0)
+    lower, order, ridge = _factor(whole.h, ridge, name)
     whole.h = lower.new_empty(0)
     if drift > 0:
         right = whole.x.add_(weight, alpha=ridge).T[order]
@@ -169,11 +182,12 @@ def _cross_validated(
     weight: torch.Tensor, fitted: Normal, held_out: Normal, damping: float, name: str
 ) -> tuple[float, tuple[float, float]]:
     """Return γ, and what D gains on the data held out and on the fitted ones."""
-    scale = float(fitted.h.diagonal().mean())
-    if not scale > 0:
-        return 0.0, (0.0, 0.0)
+    unknown = (float("nan"), float("nan"))
+    ridge = fitted.ridge(damping)
+    if not ridge > 0:
+        return 0.0, unknown
     weight = weight.double()
-    lower, order, ridge = _factor(fitted.h.clone(), damping * scale, name)
+    lower, order, ridge = _factor(fitted.h.clone(), ridge, name)
     right = fitted.x.add(weight, alpha=ridge).T[order]
     correction = torch.empty_like(weight)
     correction[:, order] = torch.cholesky_solve(right, lower).T
@@ -187,6 +201,9 @@ def _cross_validated(
             gamma = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
         gains.append(2 * slope - curvature)
     assert gamma is not None
+    energy = float((weight @ fitted.h * weight).sum())
+    if gains[1] < WORTH * energy:  # nothing has drifted
+        return gamma, unknown
     return gamma, (gains[0], gains[1])
 
 

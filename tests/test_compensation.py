@@ -386,7 +386,7 @@ def test_a_large_constant_input_leaves_the_others_alive() -> None:
     assert (made.codes[:, 1:] != 0).float().mean() > 0.9
 
 
-def test_constant_inputs_are_rounded_to_nearest() -> None:
+def test_constant_inputs_do_not_make_weights_of_noise() -> None:
     weight = torch.randn(8, 16)
     for x in (torch.randn(1, 16), torch.full((64, 16), 0.1), 1e4 + torch.randn(64, 16)):
         layer = nn.Linear(16, 8)
@@ -396,7 +396,7 @@ def test_constant_inputs_are_rounded_to_nearest() -> None:
         level = level_of(fc.Grid(step=0.02), weight)
         options = Compensation(drift=1.0)
         made = quantize(weight, moments, None, level, options, biased=True)
-        assert (made.codes * 0.02 - weight).abs().max() < 0.1
+        assert (made.codes * 0.02 - weight).abs().max() < 0.2  # not 3
 
 
 def test_masks_spend_nothing_on_groups_without_input() -> None:

@@ -15,7 +15,7 @@ The means μ, ȳ are left out (H, X are covariances) where a bias can restore th
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -140,8 +140,7 @@ def solve(
         order = torch.arange(len(eye), device=weight.device)
         nothing = torch.full_like(eye[0], torch.inf)  # any weight may go
         return Target(weight.double(), eye, nothing, order, 0.0)
-    lower, order, ridge = _factor(whole.h, ridge, name)
-    whole.h = lower.new_empty(0)
+    lower, order, ridge = _factor(whole, ridge, name)
     if drift > 0:
         right = whole.x.add_(weight, alpha=ridge).T[order]
         whole.x = lower.new_empty(0)
@@ -162,11 +161,15 @@ def solve(
 
 
 def _factor(
-    h: torch.Tensor, ridge: float, name: str
+    normal: Normal, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ."""
-    order = h.diagonal().argsort(descending=True, stable=True)
-    h, added = h[order][:, order], 0.0
+    """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ.
+
+    H is taken out of ``normal``, to save memory.
+    """
+    order = normal.h.diagonal().argsort(descending=True, stable=True)
+    h, normal.h = normal.h[order], normal.h.new_empty(0)
+    h, added = h[:, order], 0.0
     for _ in range(ATTEMPTS):
         h.diagonal().add_(ridge - added)
         added = ridge
@@ -187,7 +190,7 @@ def _cross_validated(
     if not ridge > 0:
         return 0.0, unknown
     weight = weight.double()
-    lower, order, ridge = _factor(fitted.h.clone(), ridge, name)
+    lower, order, ridge = _factor(replace(fitted), ridge, name)
     right = fitted.x.add(weight, alpha=ridge).T[order]
     correction = torch.empty_like(weight)
     correction[:, order] = torch.cholesky_solve(right, lower).T

@@ -33,7 +33,7 @@ DRIFT = 0.75  # γ where cross-validation would take too much memory
 NOISE = 1e-5  # of the mean square, in float32 sums over a tile
 LARGE = 2048  # columns from which on it would
 ATTEMPTS = 6
-WORTH = 1e-4  # share of the outputs' energy that a correction gains at least
+WORTH = 0.01  # share of the outputs' energy that a correction gains at least
 
 
 @dataclass
@@ -205,7 +205,7 @@ def _cross_validated(
         gains.append(2 * slope - curvature)
     assert gamma is not None
     energy = float((weight @ fitted.h * weight).sum())
-    if gains[1] < WORTH * energy:  # nothing has drifted
+    if gains[1] < WORTH * energy:  # nothing much has drifted
         return gamma, unknown
     return gamma, (gains[0], gains[1])
 

@@ -22,7 +22,7 @@ from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.size_fit import Pace, entropy_bits, fit
 from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
-from fitcompress.compensate.target import LARGE
+from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.data.batches import digest
 from fitcompress.errors import CalibrationError
 from fitcompress.files import check_writable
@@ -202,7 +202,10 @@ class Compressor:
         """Walk dense and compressed network side by side, layer by layer."""
         assert self.calibration is not None
         calibration = (self.calibration.pilot() if pilot else None) or self.calibration
-        options = replace(self.options, beam=1) if pilot else self.options
+        options = self.options
+        if pilot:  # what is cheap tells the size as well
+            drift = DRIFT if options.drift is None else options.drift
+            options = replace(options, beam=1, drift=drift)
         layers = {layer.name: layer for layer in self.layers}
         modules = dict(small.named_modules())
         dense = Lockstep(

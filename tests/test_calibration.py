@@ -530,3 +530,25 @@ def test_the_mean_factor_is_that_of_the_bytes() -> None:
     assert pace.factor("a") == pytest.approx(2.2)
     pace.spent("a", 300)
     assert pace.factor("a") == pytest.approx(2 / 1.1)
+
+
+class ReadTwice(nn.Module):
+    """A norm reads the layer's output, and so does a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.norm, self.alone = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.other = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return self.alone(self.other(y + self.norm(y)))
+
+
+def test_outputs_that_others_read_too_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    model = ReadTwice().eval()
+    fold_norms_(model)
+    found = find_outlets(model, compressible_layers(model), noise(5, 4))
+    assert found == {"layer": Outlet(None), "other": Outlet("alone", norm=True)}

@@ -68,6 +68,9 @@ def test_weights_lie_on_the_levels_of_the_plan(net, images) -> None:
                 assert grid.scale.tolist() == pytest.approx([level.grid.step])
             dropped = int(level.sparsity * weight.numel())
             assert int((weight == 0).sum()) >= dropped
+            kept = magnitude_mask(net.get_submodule(name).weight, level.sparsity)
+            if calibrate is None and kept is not None:
+                assert not weight[~kept.reshape(weight.shape)].any()
         kept = plan_of(small).levels
         assert {n: x.sparsity for n, x in kept.items()} == {
             n: x.sparsity for n, x in levels.items()

@@ -78,12 +78,12 @@ def test_many_positions_are_subsampled_evenly(monkeypatch, module, shape) -> Non
     torch.manual_seed(0)
     x = list(torch.randn(shape).split(2))
     whole = gather(layer_of(module), x, x)
-    monkeypatch.setattr(statistics, "ENOUGH_ROWS", 200)
+    monkeypatch.setattr(statistics, "ENOUGH_ROWS", 800)
     some = gather(layer_of(module), x, x)
-    assert 200 <= some.count < 0.5 * whole.count
+    assert 800 <= some.count < 0.5 * whole.count
     assert (some.second.diagonal(dim1=1, dim2=2) > 0).all()
     torch.testing.assert_close(
-        some.second / some.count, whole.second / whole.count, rtol=0, atol=0.35
+        some.second / some.count, whole.second / whole.count, rtol=0, atol=0.2
     )
 
 

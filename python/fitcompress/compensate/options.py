@@ -18,13 +18,15 @@ class Compensation:
         drift: γ, the share of the drift correction W + γ(W* − W) that is used, W* the
             least-squares weights for the inputs as they are now. None: the share that
             fits a quarter of the calibration data best which W* was not fitted to, for
-            each layer; .75 where that would take too much memory.
+            each layer; .75 where that would take too much memory, 0 with fewer than
+            four batches to hold one out from.
         bias: Give the outputs the mean that they had, through the bias or the batch
             norm that follows, and fit weights to what deviates from the mean only.
         beam: Paths that the sweep keeps per row, 1 for plain error feedback. None: as
             many as cost little, 16 for layers up to a thousand inputs.
-        rate: λ of rate-aware rounding, in units of Δ² per bit: 0 rounds to what is
-            nearest, .1 is about where both derivatives are equal.
+        rate: λ of rate-aware rounding of entropy-coded steps, relative to the slope of
+            distortion against rate at high resolution, Δ² ln 2 / (6 U_jj²) per bit: 0
+            rounds to what is nearest. Fixed-point levels take no notice.
         row_scale: Multiply each row by its least-squares factor after the sweep, where
             a batch norm follows that takes it for free.
         clipping: For fixed-point levels, choose every row's scale by the error that the

@@ -12,22 +12,26 @@ add_library(fitcompress_ops MODULE
   csrc/compensate/input_moments.cpp
   csrc/distortion/distortion_table.cpp
   csrc/distortion/partition.cpp
+  csrc/fisher/ghost_norms.cpp
   csrc/fisher/square_accumulate.cpp
   csrc/quantize/fake_quantize_prune.cpp
   csrc/torch/distortion_table.cpp
   csrc/torch/error_feedback_sweep.cpp
   csrc/torch/fake_quantize_prune.cpp
+  csrc/torch/ghost_norms.cpp
   csrc/torch/input_moments.cpp
   csrc/torch/ops.cpp
   csrc/torch/parallel.cpp
   csrc/torch/square_accumulate.cpp
-  csrc/torch/tensor.cpp)
+  csrc/torch/tensor.cpp
+  csrc/torch/weight_grad.cpp)
 set_target_properties(fitcompress_ops PROPERTIES
   OUTPUT_NAME _ops PREFIX "" SUFFIX ".so" BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "")
 # No fused multiply-add unless a file asks for it: results are to have the same bits on every
 # instruction set.
 target_compile_options(fitcompress_ops PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
-set_source_files_properties(csrc/compensate/input_moments.cpp csrc/fisher/square_accumulate.cpp
+set_source_files_properties(csrc/compensate/input_moments.cpp csrc/fisher/ghost_norms.cpp
+  csrc/fisher/square_accumulate.cpp
   PROPERTIES COMPILE_OPTIONS -ffp-contract=fast)
 # The stub must become a dependency although libtorch is loaded already, and nothing that it lacks
 # may stay undefined.

@@ -1,25 +1,15 @@
-// The Fisher diagonal of one layer: a matrix product per sample whose result is squared and added.
+// Sums of squared per-sample weight gradients, from the gradients themselves.
 #pragma once
 
-#include <cstdint>
+#include "fisher/weight_grad.h"
 
 namespace fitcompress {
 
-struct SquareAccumulateShape {
-  int64_t samples;    // B
-  int64_t positions;  // P
-  int64_t outputs;    // O
-  int64_t inputs;     // I
-};
-
-// moment[o, i] += Σ_b (Σ_p output_grad[b, p, o] · input[b, p, i])², all contiguous. The inner sum
-// is float32, the outer float64. T: float, BFloat16 or Float16; Moment: float or double.
-template <class T, class Moment>
-void square_accumulate_cpu(SquareAccumulateShape shape, const T* output_grad, const T* input,
-                           Moment* moment);
-
-template <class T, class Moment>
-void square_accumulate_cuda(SquareAccumulateShape shape, const T* output_grad, const T* input,
-                            Moment* moment, int device, void* stream);
+// moment[g, o, i] += scale · Σ_b G_b[g, o, i]²  and  norms[b] += scale · ‖G_b‖², either may be
+// null. moment is contiguous [groups, outputs, inputs], Moment float or double. No gradient is
+// stored as a whole.
+template <class Moment>
+void square_accumulate_cpu(const WeightGradShape& shape, const float* output_grad,
+                           const float* input, double scale, Moment* moment, double* norms);
 
 }  // namespace fitcompress

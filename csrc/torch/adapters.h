@@ -10,7 +10,16 @@
 
 namespace fitcompress {
 
-void square_accumulate_(const Tensor& moment, const Tensor& output_grad, const Tensor& input);
+void square_accumulate_(const std::optional<Tensor>& moment, const std::optional<Tensor>& norms,
+                        const Tensor& output_grad, const Tensor& input,
+                        const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& dilation, int64_t groups, int64_t images,
+                        double scale);
+
+void ghost_norms_(const Tensor& norms, const Tensor& output_grad, const Tensor& input,
+                  const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& dilation, int64_t groups, int64_t images,
+                  double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distortion_table(
     const Tensor& weight, const std::optional<Tensor>& fisher, const Tensor& importance,

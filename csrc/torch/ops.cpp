@@ -10,7 +10,11 @@ namespace {
 using namespace fitcompress;
 
 constexpr const char* kSchemas[] = {
-    "square_accumulate_(Tensor(a!) moment, Tensor output_grad, Tensor input) -> ()",
+    "square_accumulate_(Tensor(a!)? moment, Tensor(b!)? norms, Tensor output_grad, Tensor input, "
+    "int[] kernel, int[] stride, int[] dilation, int groups=1, int images=1, float scale=1.0) -> "
+    "()",
+    "ghost_norms_(Tensor(a!) norms, Tensor output_grad, Tensor input, int[] kernel, int[] stride, "
+    "int[] dilation, int groups=1, int images=1, float scale=1.0) -> ()",
     "distortion_table(Tensor weight, Tensor? fisher, Tensor importance, int[] bits, float[] steps, "
     "float[] sparsities) -> (Tensor distortion, Tensor nnz, Tensor entropy_bits, Tensor "
     "grid_length, Tensor prune_length, Tensor norm)",
@@ -31,6 +35,7 @@ struct Kernel {
 
 constexpr Kernel kKernels[] = {
     {"square_accumulate_", boxed<square_accumulate_>},
+    {"ghost_norms_", boxed<ghost_norms_>},
     {"distortion_table", boxed<distortion_table>},
     {"fake_quantize_prune", boxed<fake_quantize_prune>},
     {"fake_quantize_prune_backward", boxed<fake_quantize_prune_backward>},

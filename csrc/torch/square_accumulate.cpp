@@ -2,43 +2,43 @@
 
 #include "torch/adapters.h"
 #include "torch/device.h"
+#include "torch/weight_grad.h"
 
 namespace fitcompress {
 
-void square_accumulate_(const Tensor& moment, const Tensor& output_grad, const Tensor& input) {
+void square_accumulate_(const std::optional<Tensor>& moment, const std::optional<Tensor>& norms,
+                        const Tensor& output_grad, const Tensor& input,
+                        const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& dilation, int64_t groups, int64_t images,
+                        double scale) {
   constexpr const char* kOp = "square_accumulate_";
-  require(output_grad.dim() == 3, kOp, ": output_grad must be [samples, positions, outputs], got ",
-          output_grad.sizes());
-  require(input.dim() == 3, kOp, ": input must be [samples, positions, inputs], got ",
-          input.sizes());
-  const SquareAccumulateShape shape{output_grad.size(0), output_grad.size(1), output_grad.size(2),
-                                    input.size(2)};
-  require_sizes(kOp, "input", input, {shape.samples, shape.positions, shape.inputs});
-  require_sizes(kOp, "moment", moment, {shape.outputs, shape.inputs});
-  require_dtype(kOp, "input (like output_grad)", input, output_grad.dtype());
-  require(moment.dtype() == Dtype::kFloat32 || moment.dtype() == Dtype::kFloat64, kOp,
-          ": moment must be float32 or float64, got ", name(moment.dtype()));
-  require_device(kOp, "output_grad", output_grad, moment);
-  require_device(kOp, "input", input, moment);
+  const WeightGradShape shape =
+      weight_grad_shape(kOp, output_grad, input, kernel, stride, dilation, groups, images);
+  if (norms) require_norms(kOp, *norms, shape, output_grad);
+  if (moment) {
+    require(moment->dtype() == Dtype::kFloat32 || moment->dtype() == Dtype::kFloat64, kOp,
+            ": moment must be float32 or float64, got ", name(moment->dtype()));
+    require_sizes(kOp, "moment", *moment, {groups * shape.outputs, shape.inputs()});
+    require_device(kOp, "moment", *moment, output_grad);
+  }
+  if (!moment && !norms) return;
 
-  const Tensor grads = output_grad.contiguous();
-  const Tensor inputs = input.contiguous();
-  const Tensor sums = moment.contiguous();  // moment itself, if it is contiguous
-  dispatch_float(kOp, "output_grad", grads.dtype(), [&](auto element) {
-    using T = decltype(element);
-    const auto run = [&](auto* to) {
-      FITCOMPRESS_DISPATCH(moment,
-                           square_accumulate_cpu(shape, grads.data<T>(), inputs.data<T>(), to),
-                           square_accumulate_cuda(shape, grads.data<T>(), inputs.data<T>(), to,
-                                                  moment.device_index(), current_stream(moment)));
-    };
-    if (sums.dtype() == Dtype::kFloat32) {
-      run(sums.data<float>());
-    } else {
-      run(sums.data<double>());
-    }
-  });
-  if (sums.data() != moment.data()) moment.copy_(sums);
+  // Themselves, if they are contiguous.
+  std::optional<Tensor> sums, totals;
+  if (moment) sums.emplace(moment->contiguous());
+  if (norms) totals.emplace(norms->contiguous());
+  double* const to_norms = norms ? totals->data<double>() : nullptr;
+  const auto run = [&](auto* to) {
+    const WidenedPair pair(shape, output_grad, input);
+    square_accumulate_cpu(pair.shape, pair.output_grad, pair.input, scale, to, to_norms);
+  };
+  if (moment && sums->dtype() == Dtype::kFloat32) {
+    run(sums->data<float>());
+  } else {
+    run(moment ? sums->data<double>() : nullptr);
+  }
+  if (moment && sums->data() != moment->data()) moment->copy_(*sums);
+  if (norms && totals->data() != norms->data()) norms->copy_(*totals);
 }
 
 }  // namespace fitcompress

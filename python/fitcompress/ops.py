@@ -27,6 +27,7 @@ __all__ = [
     "distortion_table",
     "error_feedback_sweep",
     "fake_quantize_prune",
+    "ghost_norms_",
     "has_cuda",
     "input_moments_",
     "instruction_set",
@@ -72,27 +73,112 @@ def instruction_set() -> str:
     return name.decode()
 
 
-def square_accumulate_(moment: Tensor, output_grad: Tensor, input: Tensor) -> None:
-    """Add the squared per-sample weight gradients of a linear map to `moment`.
+def square_accumulate_(
+    moment: Tensor | None,
+    norms: Tensor | None,
+    output_grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int] = (1, 1, 1),
+    stride: Sequence[int] = (1, 1, 1),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+    images: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """Add the squares of per-sample weight gradients, element by element and in all.
 
-    moment += Σ_b (E_bᵀ A_b)∘², with E_b = output_grad[b] in R^{P×O} and
-    A_b = input[b] in R^{P×I}: sample b sees P positions (tokens, or patches of a
-    convolution), and E_bᵀ A_b is the gradient of its loss for the weight. Products are
-    summed in float32, samples in float64; no [B, O, I] tensor exists.
+    With e = output_grad and x = input, the gradient of sample b for output o and input
+    channel c at kernel offset k is a sum over the places p of all images n of b:
+
+        G_b[o, (c, k)] = Σ_n Σ_p e[n, o, p] · x[n, c, stride·p + dilation·k]
+
+        moment += scale · Σ_b G_b ∘ G_b,    norms[b] += scale · ‖G_b‖².
+
+    Products are summed in float32; no per-sample gradient is stored as a whole. Costs
+    B·P·O·I multiply-adds, with P places and I = C · kernel volume inputs.
 
     Args:
-        moment: [O, I], float32 or float64; changed in place.
-        output_grad: [B, P, O], float32, bfloat16 or float16.
-        input: [B, P, I], of the same type.
+        moment: [G·O, I] float32 or float64; changed in place. None: not needed.
+        norms: [B] float64; changed in place. None: not needed.
+        output_grad: [N, G·O, D', H', W'], float32, bfloat16 or float16, any strides.
+        input: [N, G·C, D, H, W] of the same type, padded already, with any strides. A
+            linear map's P positions lie along the last dimension: [N, C, 1, 1, P].
+        kernel: Size of the kernel in depth, height and width.
+        stride: Stride of the windows.
+        dilation: Dilation of the kernel.
+        groups: G.
+        images: Consecutive rows of both tensors that make up one sample, N = B·images.
+        scale: Factor of all squares.
 
     Raises:
-        ValueError: If shapes, types or devices do not fit.
+        ValueError: If shapes, types, devices or values do not fit.
 
     Source: the empirical Fisher diagonal as used by FIT (Zandonati et al., 2022,
     arXiv 2210.08502).
     """
     torch.ops.fitcompress.square_accumulate_(
-        moment, output_grad.detach(), input.detach()
+        moment,
+        norms,
+        output_grad.detach(),
+        input.detach(),
+        list(kernel),
+        list(stride),
+        list(dilation),
+        groups,
+        images,
+        scale,
+    )
+
+
+def ghost_norms_(
+    norms: Tensor,
+    output_grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int] = (1, 1, 1),
+    stride: Sequence[int] = (1, 1, 1),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+    images: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """Add the squared norms of per-sample weight gradients, without the gradients.
+
+    For the G_b of `square_accumulate_`,
+
+        ‖G_b‖² = Σ_{p,q} (Σ_o e[o, p] e[o, q]) (Σ_k Σ_c x[c, s p + d k] x[c, s q + d k])
+
+    over all pairs of the sample's positions: cheap where these are few. The right
+    factor comes from products of the input's own places, shifted by d k and summed, so
+    a kernel of any size costs no more products than one of size 1. Costs about
+    ½ B P² (O + C) multiply-adds.
+
+    Args:
+        norms: [B] float64; changed in place.
+        output_grad: As in `square_accumulate_`.
+        input: As in `square_accumulate_`.
+        kernel: Size of the kernel in depth, height and width.
+        stride: Stride of the windows.
+        dilation: Dilation of the kernel.
+        groups: G.
+        images: Consecutive rows of both tensors that make up one sample.
+        scale: Factor of all norms.
+
+    Raises:
+        ValueError: If shapes, types, devices or values do not fit.
+
+    Source: Goodfellow, 2015, Efficient per-example gradient computations,
+    arXiv 1510.01799; for sequences Li et al., 2021, arXiv 2110.05679.
+    """
+    torch.ops.fitcompress.ghost_norms_(
+        norms,
+        output_grad.detach(),
+        input.detach(),
+        list(kernel),
+        list(stride),
+        list(dilation),
+        groups,
+        images,
+        scale,
     )
 
 
@@ -398,9 +484,7 @@ def _load_library() -> ctypes.CDLL:
     return library
 
 
-def _fake_square_accumulate_(
-    moment: Tensor, output_grad: Tensor, input: Tensor
-) -> None:
+def _fake_in_place(*arguments: Any) -> None:
     pass
 
 
@@ -448,20 +532,6 @@ def _fake_error_feedback_sweep(
     return weight.new_empty(weight.shape, dtype=torch.int32)
 
 
-def _fake_input_moments_(
-    second: Tensor,
-    cross: Tensor | None,
-    input: Tensor,
-    output: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    start: Sequence[int],
-    step: Sequence[int],
-) -> None:
-    pass
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, scale, mask, ctx.max_code = inputs
     ctx.save_for_backward(weight, scale, mask)
@@ -480,14 +550,14 @@ def _backward(
 def _register_python_side() -> None:
     """Add what torch needs to trace and differentiate the operators."""
     register_fake = torch.library.register_fake
-    register_fake("fitcompress::square_accumulate_", _fake_square_accumulate_)
     register_fake("fitcompress::distortion_table", _fake_distortion_table)
     register_fake("fitcompress::fake_quantize_prune", _fake_fake_quantize_prune)
     register_fake(
         "fitcompress::fake_quantize_prune_backward", _fake_fake_quantize_prune_backward
     )
     register_fake("fitcompress::error_feedback_sweep", _fake_error_feedback_sweep)
-    register_fake("fitcompress::input_moments_", _fake_input_moments_)
+    for name in ("square_accumulate_", "ghost_norms_", "input_moments_"):
+        register_fake(f"fitcompress::{name}", _fake_in_place)
     torch.library.register_autograd(
         "fitcompress::fake_quantize_prune", _backward, setup_context=_setup_context
     )

@@ -1,0 +1,17 @@
+// Squared norms of per-sample weight gradients, without the gradients: from the products of the
+// positions of a sample with each other.
+#pragma once
+
+#include "fisher/weight_grad.h"
+
+namespace fitcompress {
+
+// norms[b] += scale · ‖G_b‖², with
+//
+//   ‖G_b‖² = Σ_{p,q} (Σ_o e[o, p] e[o, q]) (Σ_k Σ_c x[c, s p + d k] x[c, s q + d k])
+//
+// over all pairs of positions of the sample (and the groups).
+void ghost_norms_cpu(const WeightGradShape& shape, const float* output_grad, const float* input,
+                     double scale, double* norms);
+
+}  // namespace fitcompress

@@ -348,12 +348,12 @@ def test_an_interruption_says_how_to_go_on(run, tiny_files, monkeypatch) -> None
 
 
 def test_a_killed_command_goes_on_where_it_was(run, tiny_files, monkeypatch) -> None:
-    from fitcompress.sensitivity import measurement
+    from fitcompress.sensitivity import estimate
     from fitcompress.sensitivity.fisher import FisherEstimator
 
     arguments = ("measure", *MODEL, *DIGITS, "--samples", 300)
     done(run(*arguments, "--out", "whole"))
-    monkeypatch.setattr(measurement, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(estimate, "SAVE_EVERY", -1.0)
     real, calls = FisherEstimator.update, []
 
     def killed(self: FisherEstimator, *args: Any) -> float:
@@ -376,12 +376,12 @@ def test_a_killed_command_goes_on_where_it_was(run, tiny_files, monkeypatch) -> 
 def test_a_killed_compression_goes_on_where_it_was(
     run, tiny_files, monkeypatch, survived
 ) -> None:
-    from fitcompress.sensitivity import measurement
+    from fitcompress.sensitivity import estimate
     from fitcompress.sensitivity.fisher import FisherEstimator
 
     arguments = ("compress", *MODEL, *DIGITS, "--size", 900, "--samples", 520)
     done(run(*arguments, "--out", "whole"))
-    monkeypatch.setattr(measurement, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(estimate, "SAVE_EVERY", -1.0)
     calls = []
 
     def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from fitcompress.errors import (
     NonFiniteError,
     OutputError,
 )
-from fitcompress.sensitivity import measurement
+from fitcompress.sensitivity import estimate
 from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.storage.save_load import packed_bytes
 
@@ -37,7 +37,7 @@ class KilledError(Exception):
 @pytest.fixture
 def saving(monkeypatch) -> None:
     """Save at every opportunity."""
-    monkeypatch.setattr(measurement, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(estimate, "SAVE_EVERY", -1.0)
     monkeypatch.setattr(attempts, "SAVE_EVERY", -1.0)
 
 

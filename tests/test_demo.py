@@ -133,7 +133,7 @@ def killed_while_measuring(patch: pytest.MonkeyPatch) -> None:
         return real(self, *args)
 
     patch.setattr(FisherEstimator, "update", update)
-    patch.setattr("fitcompress.sensitivity.measurement.SAVE_EVERY", -1.0)
+    patch.setattr("fitcompress.sensitivity.estimate.SAVE_EVERY", -1.0)
 
 
 def killed_before_saving(patch: pytest.MonkeyPatch) -> None:

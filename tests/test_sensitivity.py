@@ -12,7 +12,8 @@ import torch
 import fitcompress as fc
 from fitcompress.errors import FormatError, OptionError, OutputError
 from fitcompress.model import compressible_layers
-from fitcompress.sensitivity.fisher import FisherEstimator, sampled_label_loss
+from fitcompress.sensitivity.fisher import FisherEstimator
+from fitcompress.sensitivity.labels import sampled_label_loss
 from fitcompress.sensitivity.levels import SPARSITIES, layer_sparsities, step_ladder
 
 

@@ -12,7 +12,9 @@ from fitcompress.compression import compress
 from fitcompress.quantize import remove
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, pareto, search
+from fitcompress.sensitivity.estimate import measure_fisher
 from fitcompress.sensitivity.measurement import measure
+from fitcompress.sensitivity.moments import FisherMoments
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.storage.save_load import load, save
 from fitcompress.train import evaluate, finetune
@@ -21,6 +23,7 @@ from fitcompress.versions import __version__, show_versions
 __all__ = [
     "Budget",
     "Compensation",
+    "FisherMoments",
     "Grid",
     "Level",
     "Plan",
@@ -32,6 +35,7 @@ __all__ = [
     "finetune",
     "load",
     "measure",
+    "measure_fisher",
     "methods",
     "ops",
     "pareto",

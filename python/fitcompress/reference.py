@@ -78,7 +78,8 @@ def _windows(
         # The kernel's dimensions come before the places: [N, C, k…, rest]
         at = 2 + 2 * dim
         input = input.index_select(at, index.flatten().to(input.device))
-        input = input.unflatten(at, (kernel[dim], places[dim]))
+        sizes = (*input.shape[:at], kernel[dim], places[dim], *input.shape[at + 1 :])
+        input = input.reshape(sizes)
     return input.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(1, 4)
 
 

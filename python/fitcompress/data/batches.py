@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,16 @@ from fitcompress.errors import DataError, EmptyLoaderError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Batches", "digest", "part", "split_batch", "take"]
+__all__ = [
+    "Batches",
+    "batch_size",
+    "digest",
+    "part",
+    "split_batch",
+    "split_named",
+    "take",
+    "tensors",
+]
 
 
 def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
@@ -33,10 +43,66 @@ def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
     )
 
 
+def split_named(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch that may also hold named inputs.
+
+    A mapping, as Hugging Face's data collators yield, is called by name; its ``labels``
+    are the targets, so that the model does not compute a loss of its own.
+
+    Raises:
+        DataError: The batch is something else.
+    """
+    if isinstance(batch, Mapping) and batch:
+        named = dict(batch)
+        return named, named.pop("labels", None)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
+        return dict(batch[0]), batch[1] if len(batch) > 1 else None
+    return split_batch(batch)
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested containers, in their order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+def batch_size(x: Any) -> int:
+    """Return the number of samples of inputs: the first dimension of all their tensors.
+
+    Raises:
+        DataError: There is no tensor with a dimension, or they differ.
+    """
+    if isinstance(x, torch.Tensor) and x.dim():
+        return len(x)
+    sizes = [len(tensor) for tensor in tensors(x) if tensor.dim()]
+    if not sizes or min(sizes) != max(sizes):
+        raise DataError(
+            "the inputs of a batch have no common number of samples",
+            got=f"first dimensions {sizes}" if sizes else type(x).__name__,
+            wanted="tensors whose first dimension is the sample",
+            fix="put samples first, and bind arguments that are the same for all of "
+            "them to the model",
+        )
+    return sizes[0]
+
+
 def take(
-    loader: Iterable[Any], samples: int | None
-) -> Iterator[tuple[torch.Tensor, Any]]:
+    loader: Iterable[Any],
+    samples: int | None,
+    split: Callable[[Any], tuple[Any, Any]] = split_batch,
+) -> Iterator[tuple[Any, Any]]:
     """Yield (inputs, targets) until ``samples`` inputs have come, cutting the last.
+
+    Args:
+        loader: Yields batches.
+        samples: How many samples; None for all.
+        split: Batch → (inputs, targets).
 
     Raises:
         EmptyLoaderError: The loader yields nothing.
@@ -46,12 +112,13 @@ def take(
         raise DataError("no sample may be used", got=samples, wanted="at least one")
     seen = 0
     for batch in loader:
-        x, y = split_batch(batch)
-        if samples is not None and seen + len(x) > samples:
-            keep = samples - seen
-            x, y = x[:keep], part(y, slice(keep))
-        seen += len(x)
-        if len(x):
+        x, y = split(batch)
+        count = batch_size(x)
+        if samples is not None and seen + count > samples:
+            count = samples - seen
+            x, y = part(x, slice(count)), part(y, slice(count))
+        seen += count
+        if count:
             yield x, y
         if samples is not None and seen >= samples:
             return
@@ -73,9 +140,14 @@ def digest(x: torch.Tensor, start: int = 0) -> int:
 
 
 def part(y: Any, keep: slice) -> Any:
-    """Return the targets of some samples of a batch; containers are cut inside."""
+    """Return what belongs to some samples of a batch; containers are cut inside.
+
+    Numbers and tensors without a dimension belong to all of them.
+    """
     if isinstance(y, dict):
         return {key: part(value, keep) for key, value in y.items()}
+    if isinstance(y, (bool, int, float, str)) or (torch.is_tensor(y) and y.dim() == 0):
+        return y
     if isinstance(y, (tuple, list)) and any(torch.is_tensor(value) for value in y):
         cut = [part(value, keep) for value in y]
         return type(y)(*cut) if hasattr(y, "_fields") else type(y)(cut)

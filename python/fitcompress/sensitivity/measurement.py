@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fitcompress import ops
-from fitcompress.data.batches import digest, take
+from fitcompress.data.batches import split_batch, take
 from fitcompress.files import check_writable
-from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
+from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
-from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
-from fitcompress.sensitivity.checkpoint import load_moments, save_moments
-from fitcompress.sensitivity.fisher import FisherEstimator, Moments, sampled_label_loss
+from fitcompress.sensitivity.checkpoint import load_moments
+from fitcompress.sensitivity.estimate import estimate, estimate_key
+from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
     check_levels,
@@ -26,17 +25,17 @@ from fitcompress.sensitivity.levels import (
     layer_sparsities,
 )
 from fitcompress.sensitivity.table import Grid, Sensitivity
-from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Sequence
 
+    import torch
     from torch import nn
 
-__all__ = ["measure"]
+    from fitcompress.sensitivity.moments import FisherMoments
 
-SAVE_EVERY = 5.0  # seconds between checkpoints
+__all__ = ["measure"]
 
 
 def measure(
@@ -94,29 +93,22 @@ def measure(
         check_writable(checkpoint)
     chosen = tuple(grids) if grids is not None else default_grids(layers)
     check_levels(chosen, sparsities)
-    batches, ahead = itertools.tee(loader)  # a generator must not lose its first batch
-    first = next(take(ahead, samples))[0]
+    batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
+    batches, ahead = itertools.tee(batches)
+    macs = count_macs(model, next(take(ahead, samples))[0][:1])
     del ahead
-    macs = count_macs(model, first[:1])
-    # What must be equal for a checkpoint to be continued.
-    labels = "sampled" if loss_fn is None else "data"
-    crc = digest(first)
-    if isinstance(loader, (list, tuple)):  # in memory: all of it costs next to nothing
-        for x, _ in itertools.islice(take(loader, samples), 1, None):
-            crc = digest(x, crc)
-    key = f"{fingerprint(model, layers)}-{labels}-{seed}-{samples}-{crc:08x}"
-    with evaluating(model), threads(FIXED):
-        moments = _moments(
-            model,
-            layers,
-            batches,
-            loss_fn,
-            samples,
-            checkpoint,
-            key,
-            seed,
-            progress=progress,
-        )
+    names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
+    key += f"-{names:08x}"
+    moments = estimate(
+        FisherEstimator(model, layers, moments=_saved(checkpoint, key)),
+        take(batches, samples),
+        loss_fn,
+        samples=samples,
+        checkpoint=checkpoint,
+        key=key,
+        seed=seed,
+        progress=progress,
+    )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
     sensitivity = Sensitivity(
         names=tuple(layer.name for layer in layers),
@@ -129,7 +121,7 @@ def measure(
         dense_bytes=dense_bytes(model),
         samples=moments.samples,
         loss=moments.loss / moments.samples,
-        provenance={"labels": labels, "seed": seed},
+        provenance={"labels": "sampled" if loss_fn is None else "data", "seed": seed},
         **table,
     )
     if checkpoint is not None:
@@ -137,48 +129,13 @@ def measure(
     return sensitivity
 
 
-def _moments(
-    model: nn.Module,
-    layers: list[Layer],
-    loader: Iterable[Any],
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    samples: int | None,
-    checkpoint: str | os.PathLike[str] | None,
-    key: str,
-    seed: int,
-    *,
-    progress: bool,
-) -> Moments:
-    moments = load_moments(checkpoint, key) if checkpoint is not None else None
-    estimator = FisherEstimator(model, layers, moments)
-    resume = estimator.moments.batches
-    saved = time.monotonic()
-    with Bar("measure: Fisher moments", samples, enabled=progress) as bar:
-        for number, (x, y) in enumerate(take(loader, samples)):
-            if number >= resume:
-                if loss_fn is not None:
-                    estimator.update(x, y, loss_fn)
-                else:
-                    # Seeded by batch, so that a resumed run draws the same labels.
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-                    def loss(
-                        out: Any, _: Any, generator: torch.Generator = generator
-                    ) -> torch.Tensor:
-                        return sampled_label_loss(out, generator)
-
-                    estimator.update(x, y, loss)
-                if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                    save_moments(checkpoint, estimator.moments, key)
-                    saved = time.monotonic()
-            mean = estimator.moments.loss / max(estimator.moments.samples, 1)
-            bar.advance(len(x), f"loss {mean:.4f}")
-    return estimator.moments
+def _saved(checkpoint: str | os.PathLike[str] | None, key: str) -> FisherMoments | None:
+    return None if checkpoint is None else load_moments(checkpoint, key)
 
 
 def _table(
     layers: list[Layer],
-    moments: Moments,
+    moments: FisherMoments,
     grids: tuple[Grid, ...],
     sparsities: Sequence[float],
     *,
@@ -195,7 +152,8 @@ def _table(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
-            weight, fisher = layer.matrix(), moments.diagonal(layer.name)
+            weight = layer.matrix()
+            fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
             cells = ops.distortion_table(
                 weight, fisher, weight.square(), bits, steps, share
             )

@@ -1,0 +1,239 @@
+"""Catches the calls that multiply by a weight, without a change to the model.
+
+Layers are recognised by the functions that they call and the parameters that they pass:
+``linear``, convolutions, ``embedding`` and matrix products. So attention with packed
+projections, tied weights and a layer's weight used by another module are seen like any
+other layer; a weight that enters another function is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fitcompress.sensitivity.calls import READERS
+from fitcompress.sensitivity.weights import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fitcompress.sensitivity.calls import Call
+    from fitcompress.sensitivity.weights import WeightIndex
+
+__all__ = ["Capture", "capturing"]
+
+
+class _Anchor(torch.autograd.Function):
+    """Makes a tensor require a gradient in place; what follows may overwrite it.
+
+    A leaf that requires a gradient must not be modified, but models do that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a Python function of torch without its own test for overrides.
+
+    Called within a mode, it would otherwise hand the call to the mode again.
+    """
+    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    made = types.FunctionType(
+        function.__code__,
+        scope,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+# Functions written in Python whose body calls what is caught.
+BODIES = {F.multi_head_attention_forward: _unchecked(F.multi_head_attention_forward)}
+
+FLIPPED = {"linear": "matrix", "matrix": "linear"}
+
+# Functions whose result does not depend on the weight, as far as gradients go.
+HARMLESS = {torch.Tensor.detach, torch.detach}
+
+
+class Capture(TorchFunctionMode):
+    """While active, hands every call that multiplies by a weight to ``caught``.
+
+    Args:
+        index: The weights to look for.
+        caught: Called with the call and its result; what it returns replaces the
+            result.
+
+    Attributes:
+        anchor: What results without a gradient are made to depend on.
+        unsupported: Weight name → the function that it entered and that cannot be
+            measured.
+    """
+
+    def __init__(
+        self,
+        index: WeightIndex,
+        caught: Callable[[Call, torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.index, self.caught = index, caught
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.unsupported: dict[str, str] = {}
+        self._modules: list[nn.Module] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        body = BODIES.get(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        reader = READERS.get(func)
+        call = None if reader is None else self._read(reader, args, kwargs)
+        out = func(*args, **kwargs)
+        if call is None:
+            self._check(func, args, kwargs, out)
+            return out
+        self._check(func, (call.input,), {}, out)
+        return self.caught(call, out)
+
+    def _read(
+        self,
+        reader: Callable[..., Call | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Call | None:
+        """Return the call, if it multiplies by a measured weight as a whole."""
+        try:
+            call = reader(*args, **kwargs)
+            if call is None:
+                return None
+            part = self.index.part_of(call.weight) or self._computed(call.weight)
+        except LookupError:
+            return None  # reported by _check
+        if part is None:
+            return None
+        if part.transposed:  # x W of a transposed view is x Wᵀ of the weight itself
+            if call.kind not in FLIPPED:
+                return None
+            call.kind = FLIPPED[call.kind]
+        call.part = part
+        return call
+
+    def _computed(self, tensor: torch.Tensor) -> Part | None:
+        """The weight that the innermost running module computes, if this is it."""
+        if self._modules:
+            module = self._modules[-1]
+            for weight in self.index.weights:
+                held = weight.computed and weight.holders[0][0] is module
+                if held and tuple(tensor.shape) == weight.shape:
+                    return Part(weight, 0, weight.rows)
+        return None
+
+    def _check(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+    ) -> None:
+        """Note weights that enter a function through which they cannot be measured."""
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__") or func in HARMLESS:
+            return
+        for argument in _tensors((args, kwargs)):
+            weight = self.index.weight_of(argument)
+            if weight is None or weight.name in self.unsupported:
+                continue
+            for result in _tensors(out):
+                # Views are looked at again where they are used.
+                view = self.index.weight_of(result) is weight
+                if result.is_floating_point() and not view:
+                    self.unsupported[weight.name] = f"it enters {name}"
+                    break
+
+    def hooks(self) -> list[Any]:
+        """Watch modules that compute their weights, which are known by place."""
+        handles: list[Any] = []
+        for weight in self.index.weights:
+            if weight.computed:
+                module = weight.holders[0][0]
+                handles.append(module.register_forward_pre_hook(self._enter))
+                handles.append(
+                    module.register_forward_hook(self._leave, always_call=True)
+                )
+        return handles
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._modules.append(module)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+
+    def anchored(self, out: torch.Tensor) -> torch.Tensor:
+        """Return ``out`` so that gradients reach it."""
+        if out.requires_grad:
+            return out
+        if out._base is not None or out.is_inference():
+            out = out.clone()
+        if self.anchor.device != out.device:
+            self.anchor = torch.zeros((), requires_grad=True)
+        made: torch.Tensor = _Anchor.apply(out, self.anchor)  # type: ignore[no-untyped-call]
+        return made
+
+
+@contextlib.contextmanager
+def capturing(model: nn.Module, capture: Capture) -> Iterator[Capture]:
+    """Run a block with the model's calls caught and its parameters frozen.
+
+    Compiled parts run eagerly, and attention does not take its fused path, in which the
+    projections could not be seen.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    handles = capture.hooks()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.compiler.set_stance("force_eager"), capture:
+            yield capture
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in arguments or results."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -1,0 +1,115 @@
+"""The forms in which norms of per-sample gradients can be computed, and their costs.
+
+With P positions of a sample, I inputs and O outputs of the weight:
+
+=========  ==========================================  ==============================
+form       ‖G‖²                                        multiply-adds of a sample
+=========  ==========================================  ==============================
+outer      ‖e‖² ‖a‖², one position only                I + O
+ghost      Σ_pq (E Eᵀ)_pq (A Aᵀ)_pq                    ½ P² (O + C), and see the code
+direct     Σ (Eᵀ A)², which the diagonal needs anyway  P I O
+rows       Σ over the entries of an embedding          P · columns
+=========  ==========================================  ==============================
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fitcompress import ops
+
+if TYPE_CHECKING:
+    from fitcompress.sensitivity.contraction import Contraction, Entries
+
+__all__ = ["accumulate", "accumulate_entries", "choose_form", "form_costs"]
+
+
+def form_costs(c: Contraction) -> dict[str, float]:
+    """Return the multiply-adds of a sample for each form that can be used."""
+    positions, inputs, outputs = c.positions, c.inputs, c.outputs
+    costs = {"direct": float(c.groups * positions * inputs * outputs)}
+    costs["ghost"] = c.groups * positions**2 * (inputs + outputs) / 2
+    if positions == 1 and c.groups == 1:
+        costs["outer"] = float(inputs + outputs)
+    return costs
+
+
+def choose_form(c: Contraction) -> str:
+    """Return the cheapest form for the norms."""
+    costs = form_costs(c)
+    return min(costs, key=lambda form: costs[form])
+
+
+def accumulate(
+    c: Contraction,
+    squares: torch.Tensor | None,
+    norms: torch.Tensor,
+    scale: float = 1.0,
+) -> str:
+    """Add the squares of every sample's gradient.
+
+    Args:
+        c: The gradient.
+        squares: [groups·O, I] float64, Σ_i G_i ∘ G_i; None if only norms are wanted.
+        norms: [B] float64, ‖G_i‖².
+        scale: Factor of all squares.
+
+    Returns:
+        The form that was used for the norms.
+    """
+    form = choose_form(c)
+    if form == "outer":
+        _outer(c, squares, norms, scale)
+    elif form == "ghost" and squares is None:
+        ops.ghost_norms_(
+            norms,
+            c.rows,
+            c.columns,
+            c.kernel,
+            c.stride,
+            c.dilation,
+            c.groups,
+            c.images,
+            scale,
+        )
+    else:
+        form = "direct"
+        ops.square_accumulate_(
+            squares, norms, c.rows, c.columns, c.kernel, c.stride, c.dilation, c.groups,
+            c.images, scale,
+        )  # fmt: skip
+    return form
+
+
+def _outer(
+    c: Contraction, squares: torch.Tensor | None, norms: torch.Tensor, scale: float
+) -> None:
+    """A single position: G_i = e aᵀ, so that squares are products of squares."""
+    e = c.rows.flatten(1).float().square()
+    a = c.columns.flatten(1).float().square()
+    norms.add_(
+        e.sum(1, dtype=torch.float64) * a.sum(1, dtype=torch.float64), alpha=scale
+    )
+    if squares is not None:
+        squares.add_(e.mT @ a, alpha=scale)
+
+
+def accumulate_entries(
+    e: Entries, squares: torch.Tensor | None, norms: torch.Tensor, rows: int
+) -> str:
+    """Add the squares of an embedding's gradients, entry by entry that occurs."""
+    values = e.values.flatten(0, 1).float()
+    batch = len(e.indices)
+    # One number for a sample and an entry; few of all possible ones occur.
+    sample = torch.arange(batch, device=e.indices.device)
+    pairs = (e.indices + rows * sample[:, None]).flatten()
+    found, place = torch.unique(pairs, return_inverse=True)
+    sums = values.new_zeros(len(found), values.shape[1])
+    sums.index_add_(0, place, values)
+    added = sums.square_()
+    norms.index_add_(0, found // rows, added.sum(1, dtype=torch.float64))
+    if squares is not None:
+        squares.index_add_(0, found % rows, added.double())
+    return "rows"

@@ -1,0 +1,86 @@
+"""Losses for a Fisher estimate: labels drawn from the model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fitcompress.errors import DataError, NonFiniteError
+
+__all__ = ["logits_of", "sampled_label_loss"]
+
+
+def logits_of(output: Any) -> Any:
+    """Return the logits in an output: itself, its ``logits``, or its first part."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, dict) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, tuple) and output:
+        return output[0]
+    return output
+
+
+def sampled_label_loss(
+    output: Any,
+    generator: torch.Generator,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean cross-entropy with labels drawn from the model itself.
+
+    The gradients of this loss give the true Fisher information of the model, which
+    needs no labels and does not vanish on memorised training data as fast as the
+    empirical one. The loss of a sample is the mean over its positions.
+
+    Args:
+        output: Logits, [B, classes], [B, T, classes], or [B, classes, H, W] and more,
+            as ``torch.nn.functional.cross_entropy`` takes images; or an object that
+            holds them as ``logits``.
+        generator: Draws the labels, on the CPU.
+        mask: [B, T], non-zero for the positions of a sequence that count; None for all.
+
+    Raises:
+        DataError: The output is no such tensor, or a sample has no position.
+        NonFiniteError: A logit is NaN or infinite.
+    """
+    output = logits_of(output)
+    if (
+        not torch.is_tensor(output)
+        or output.dim() < 2
+        or not output.is_floating_point()
+    ):
+        shape = f" of shape {tuple(output.shape)}" if torch.is_tensor(output) else ""
+        raise DataError(
+            "labels cannot be sampled from the model's output",
+            got=f"{type(output).__name__}{shape}",
+            wanted="a tensor of logits [batch, …, classes]",
+            fix="pass a loss_fn, or wrap the model so that it returns its logits",
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(
+            "the model's output is NaN or infinite",
+            wanted="finite logits",
+            fix="look for NaN in the inputs and for overflow in half precision",
+        )
+    if output.dim() > 3:
+        output = output.movedim(1, -1)
+    logits = output.flatten(0, -2)
+    probability = logits.detach().softmax(-1).double().cpu()
+    label = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+    label = label.to(logits.device)
+    if mask is None or output.dim() != 3 or mask.shape != output.shape[:2]:
+        return F.cross_entropy(logits.float(), label)
+    weight = (mask != 0).to(logits.device).float()
+    count = weight.sum(1, keepdim=True)
+    if not bool((count > 0).all()):
+        raise DataError(
+            "a sample of the batch has no position that counts",
+            got="an attention_mask of zeros",
+            fix="leave such samples out",
+        )
+    losses = F.cross_entropy(logits.float(), label, reduction="none")
+    return (losses * (weight / count).flatten()).sum() / len(mask)

@@ -185,6 +185,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
             continue
+        tensor = _local(tensor)
         strict = name in parameters or name.endswith(("running_mean", "running_var"))
         good = torch.isfinite(tensor) if strict else ~torch.isnan(tensor)
         bad = tensor.numel() - int(good.sum())
@@ -206,9 +207,17 @@ def fingerprint(model: nn.Module, layers: list[Layer]) -> str:
     digest.update(json.dumps([[layer.name, layer.shape] for layer in layers]).encode())
     for name, tensor in model.state_dict().items():
         if torch.is_tensor(tensor):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = _local(tensor).detach().cpu().contiguous().reshape(-1)
             digest.update(name.encode())
             digest.update(
                 flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             )
     return digest.hexdigest()[:16]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor that may be sharded."""
+    if hasattr(tensor, "to_local"):
+        held: torch.Tensor = tensor.to_local()
+        return held
+    return tensor

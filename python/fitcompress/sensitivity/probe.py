@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fitcompress.data.batches import part, tensors
 from fitcompress.model.forward import call_model
@@ -13,8 +14,6 @@ from fitcompress.sensitivity.capture import Capture, capturing
 from fitcompress.sensitivity.layout import EXPANDED, SHARED, Layout, find_layout
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fitcompress.sensitivity.calls import Call
     from fitcompress.sensitivity.weights import Weight, WeightIndex
 
@@ -107,6 +106,8 @@ def _look(
         return capture.anchored(out)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if any(isinstance(t, nn.Parameter) for t in (tensor, tensor._base)):
+            return tensor  # is there anyway
         storage = tensor.untyped_storage()
         seen.saved[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -116,8 +117,6 @@ def _look(
     with torch.enable_grad(), hooks, capturing(model, capture):
         out = call_model(model, x)
     seen.outputs = [tensor.detach() for tensor in tensors(out)]
-    for tensor in (*model.parameters(), *model.buffers()):
-        seen.saved.pop(tensor.untyped_storage().data_ptr(), None)
     return seen
 
 

@@ -294,20 +294,25 @@ FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Tas
 template <int Lanes, class Moment>
 FITCOMPRESS_INLINE void add_block(const Plan& plan, const Task& task, const float* totals,
                                   int64_t count, int64_t stride, double scale, Moment* moment) {
+  const auto buffer = make_buffer<double>(plan.row_stride);
+  double* const sum = buffer.get();
+  const int64_t inner = plan.inner, size = ceil_div(task.lanes, Lanes) * inner * Lanes;
   for (int64_t r = 0; r < task.rows; ++r) {
-    Moment* to =
-        moment +
-        ((task.set * plan.rows + task.first_row + r) * plan.lanes + task.first_lane) * plan.inner;
-    for (int64_t first = 0; first < task.lanes; first += Lanes) {
-      const float* const from = totals + r * plan.row_stride + first * plan.inner;
-      const int64_t used = std::min<int64_t>(Lanes, task.lanes - first);
-      for (int64_t l = 0; l < used; ++l) {
-        for (int64_t k = 0; k < plan.inner; ++k, ++to) {
-          double total = 0.0;
-          for (int64_t n = 0; n < count; ++n) total += from[n * stride + k * Lanes + l];
-          *to = static_cast<Moment>(*to + scale * total);
-        }
-      }
+    const float* from = totals + r * plan.row_stride;
+    for (int64_t i = 0; i < size; ++i) sum[i] = scale * from[i];
+    for (int64_t n = 1; n < count; ++n) {
+      from += stride;
+      for (int64_t i = 0; i < size; ++i) sum[i] += scale * from[i];
+    }
+    const int64_t row = task.set * plan.rows + task.first_row + r;
+    Moment* to = moment + (row * plan.lanes + task.first_lane) * inner;
+    if (inner == 1) {
+      for (int64_t l = 0; l < task.lanes; ++l) to[l] = static_cast<Moment>(to[l] + sum[l]);
+      continue;
+    }
+    for (int64_t l = 0; l < task.lanes; ++l, to += inner) {
+      const double* const lane = sum + l / Lanes * Lanes * inner + l % Lanes;
+      for (int64_t k = 0; k < inner; ++k) to[k] = static_cast<Moment>(to[k] + lane[k * Lanes]);
     }
   }
 }

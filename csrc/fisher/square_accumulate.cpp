@@ -26,6 +26,8 @@ namespace {
 
 struct Operands {
   const float *grad, *input;
+  const char* moment;  // only to fetch it in time; may be null
+  int64_t moment_bytes;
 };
 
 // Work space of one thread.
@@ -167,9 +169,21 @@ FITCOMPRESS_INLINE void multiply_rows(const Packed& packed, const float* grad, i
   }
 }
 
+// Fetches as much of the rows of moment as a tile at (row, lane) covers, though not the same: all
+// tiles of a block fetch all of it, while there is time.
+FITCOMPRESS_INLINE void fetch(const Plan& plan, const Operands& data, const Task& task, int64_t row,
+                              int64_t rows, int64_t lane, int64_t lanes) {
+  for (int64_t r = row; r < std::min(row + rows, task.rows); ++r) {
+    const int64_t at =
+        ((task.set * plan.rows + task.first_row + r) * plan.lanes + task.first_lane) * plan.inner;
+    const char* const from = data.moment + (at + lane) * data.moment_bytes;
+    for (int64_t i = 0; i < lanes * data.moment_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+}
+
 template <int Lanes>
-FITCOMPRESS_INLINE void multiply(const Plan& plan, const Task& task, const Packed& packed,
-                                 const Sums& sums, const Scratch& scratch) {
+FITCOMPRESS_INLINE void multiply(const Plan& plan, const Operands& data, const Task& task,
+                                 const Packed& packed, const Sums& sums, const Scratch& scratch) {
   constexpr int kRows = kTileRows<Lanes>, kVectors = kTileVectors<Lanes>;
   const int64_t vectors = ceil_div(task.lanes, Lanes) * plan.inner;
   for (int64_t v = 0, now; v < vectors; v += now) {
@@ -183,6 +197,7 @@ FITCOMPRESS_INLINE void multiply(const Plan& plan, const Task& task, const Packe
       const int64_t* const offset = scratch.offset.get() + v;
       const int64_t* const used = scratch.used.get() + v;
       const int64_t rows = task.rows - r;
+      if (data.moment != nullptr) fetch(plan, data, task, r, kRows, v * Lanes, now * Lanes);
       if (rows > kRows / 2) {
         multiply_rows<Lanes, kRows>(packed, grad, now, offset, used, rows, at);
       } else {
@@ -278,7 +293,9 @@ FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Tas
       if (plan.side == Side::kGroups) {
         multiply_groups<Lanes>(plan, packed, sums, scratch);
       } else {
-        multiply<Lanes>(plan, task, packed, sums, scratch);
+        const bool last = packed.last && begin + count == task.samples;
+        const Operands ahead{nullptr, nullptr, last ? data.moment : nullptr, data.moment_bytes};
+        multiply<Lanes>(plan, ahead, task, packed, sums, scratch);
       }
     }
   }
@@ -378,10 +395,12 @@ void square_accumulate_cpu(const WeightGradShape& shape, const float* output_gra
   if (moment != nullptr && chunks > 1) {
     partial = make_buffer<float>(chunks * plan.blocks * plan.block_size);
   }
+  Operands data{output_grad, input, nullptr, sizeof(Moment)};
+  if (partial == nullptr) data.moment = reinterpret_cast<const char*>(moment);
   Buffer<double> block_norms;
   if (norms != nullptr) block_norms = make_buffer<double>(plan.blocks * plan.wave);
   for (int64_t begin = 0; begin < shape.samples; begin += plan.wave) {
-    square_wave(plan, {output_grad, input}, begin, add, partial.get(), block_norms.get());
+    square_wave(plan, data, begin, add, partial.get(), block_norms.get());
     if (norms == nullptr) continue;
     for (int64_t b = begin; b < std::min(begin + plan.wave, shape.samples); ++b) {
       double norm = 0.0;

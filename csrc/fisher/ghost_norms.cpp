@@ -52,7 +52,7 @@ struct Scratch {
     for (const GhostPart& part : plan.parts) shifts = std::max(shifts, part.shifts.size());
     output_gram = make_buffer<float>(rows_of(plan.block) * output_stride);
     input_gram = make_buffer<float>(rows_of(reach(problem)) * input_stride);
-    panels = make_buffer<float>(std::max(gram_panels(most, most), gram_panels(most, 0)));
+    panels = make_buffer<float>(gram_panels(plan.blocks > 1 ? 2 * most : most));
     line = make_buffer<float>(row_of(most));
     bits = make_buffer<uint32_t>(most);
     row_of_number = make_buffer<int64_t>(reach(problem));

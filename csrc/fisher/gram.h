@@ -30,10 +30,11 @@ constexpr int64_t gram_features(int64_t places) {
       32, std::min(kGramFeatures, kGramPanels / std::max<int64_t>(1, places) / 32 * 32));
 }
 
-// Floats that the panels of so many places take, of rows and columns each.
-constexpr int64_t gram_panels(int64_t rows, int64_t columns) {
-  const auto padded = [](int64_t places) { return (places + 15) / 16 * 16; };
-  return (padded(rows) + padded(columns)) * (gram_features(rows + columns) + 1);
+// Floats that the panels of at most so many places, of rows and columns together, take: those of
+// fewer places have more features.
+constexpr int64_t gram_panels(int64_t places) {
+  const int64_t padded = places + 2 * 15;
+  return std::max(kGramPanels, 32 * places) + padded + 2 * 15 * kGramFeatures;
 }
 
 // Rows × Vectors elements a tile, as many as fit in registers.

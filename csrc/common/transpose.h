@@ -1,4 +1,4 @@
-// Transposition of a block of floats in registers.
+// Vectors of floats; rearranging them in registers.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@ template <int Lanes>
 struct VectorOf {
   typedef float Type __attribute__((vector_size(Lanes * sizeof(float)), may_alias));
   typedef Type Anywhere __attribute__((aligned(4)));  // at any address
+  typedef int32_t Indices __attribute__((vector_size(Lanes * sizeof(int32_t)), may_alias));
 };
 
 template <size_t... L, class Vector>
@@ -21,6 +22,18 @@ FITCOMPRESS_INLINE void interleave(std::index_sequence<L...>, const Vector& a, c
   constexpr size_t n = sizeof...(L);
   *low = __builtin_shufflevector(a, b, (L / 2 + L % 2 * n)...);
   *high = __builtin_shufflevector(a, b, (L / 2 + n / 2 + L % 2 * n)...);
+}
+
+// value[l] = the value[index[l]] it was.
+template <int Lanes>
+FITCOMPRESS_INLINE void permute(typename VectorOf<Lanes>::Type* value,
+                                const typename VectorOf<Lanes>::Indices& index) {
+#if defined(__clang__)
+  const auto from = *value;
+  for (int l = 0; l < Lanes; ++l) (*value)[l] = from[index[l]];
+#else
+  *value = __builtin_shuffle(*value, index);
+#endif
 }
 
 // Transposes Lanes × Lanes floats, row i at row(i), to `to`, which is aligned: log₂ Lanes perfect

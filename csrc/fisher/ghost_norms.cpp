@@ -33,6 +33,28 @@ struct Problem {
   const GhostPlan& plan;
   const float* output_grad;
   const float* input;
+  const float* output_grad_end;
+  const float* input_end;
+};
+
+// Beyond the last element of a tensor.
+const float* end_of(const float* data, const WeightGradShape& shape, int64_t features,
+                    const std::array<int64_t, 3>& space, const std::array<int64_t, 5>& strides) {
+  const int64_t sizes[] = {shape.samples * shape.images, shape.groups * features, space[0],
+                           space[1], space[2]};
+  for (size_t i = 0; i < 5; ++i) {
+    if (sizes[i] == 0) return data;
+    data += (sizes[i] - 1) * strides[i];
+  }
+  return data + 1;
+}
+
+// Where the columns of a matrix go: vector v of the result is made of those from start[v] on,
+// rearranged by `index`, zero where `mask` is.
+struct SpreadTable {
+  int64_t* start;
+  int32_t* index;
+  int32_t* mask;
 };
 
 // What one thread works with. Rows of a matrix have room for two vectors beyond the last column:
@@ -52,8 +74,13 @@ struct Scratch {
     for (const GhostPart& part : plan.parts) shifts = std::max(shifts, part.shifts.size());
     output_gram = make_buffer<float>(rows_of(plan.block) * output_stride);
     input_gram = make_buffer<float>(rows_of(reach(problem)) * input_stride);
-    panels = make_buffer<float>(gram_panels(plan.blocks > 1 ? 2 * most : most));
-    line = make_buffer<float>(row_of(most));
+    const int64_t sides = plan.blocks > 1 ? 2 : 1;
+    panels = make_buffer<float>(gram_panels(sides * most));
+    pieces = make_buffer<GramPiece>(2 * most);
+    gram = {panels.get(), pieces.get()};
+    starts = make_buffer<int64_t>(row_of(most));
+    indices = make_buffer<int32_t>(2 * row_of(most));
+    table = {starts.get(), indices.get(), indices.get() + row_of(most)};
     bits = make_buffer<uint32_t>(most);
     row_of_number = make_buffer<int64_t>(reach(problem));
     shifted = make_buffer<const float*>(static_cast<int64_t>(shifts));
@@ -70,7 +97,12 @@ struct Scratch {
   Places outputs[2], inputs[2];  // of the rows and the columns
   Places all;
   int64_t output_stride, input_stride;
-  Buffer<float> output_gram, input_gram, panels, line;
+  Buffer<float> output_gram, input_gram, panels;
+  Buffer<GramPiece> pieces;
+  Buffer<int64_t> starts;
+  Buffer<int32_t> indices;
+  GramScratch gram;
+  SpreadTable table;
   Buffer<uint32_t> bits;
   Buffer<int64_t> row_of_number;  // the row of the input's matrix, or −1
   Buffer<const float*> shifted;
@@ -132,78 +164,87 @@ FITCOMPRESS_INLINE void drop_zeros(const float* data, int64_t features, int64_t 
                                    const Places& from, uint32_t* __restrict bits, Places* to) {
   typedef uint32_t Bits __attribute__((may_alias));
   constexpr uint32_t kMagnitude = 0x7fffffffu;
-  constexpr int64_t kSome = 32;
+  constexpr int64_t kSome = 16;
   const auto* const all = reinterpret_cast<const Bits*>(data);
   std::memset(bits, 0, static_cast<size_t>(from.count) * sizeof(uint32_t));
-  bool dropped = false;
-  if (feature_stride == 1) {
-    for (int64_t p = 0; p < from.count; ++p) {
-      const Bits* const at = all + from.offsets()[p];
-      for (int64_t begin = 0; begin < features && bits[p] == 0; begin += kSome) {
-        const int64_t end = std::min(begin + kSome, features);
-        uint32_t any = 0;
-        for (int64_t f = begin; f < end; ++f) any |= at[f];
-        bits[p] = any & kMagnitude;
-      }
-      dropped |= bits[p] == 0;
-    }
-  } else {
-    dropped = true;
-    for (int64_t begin = 0; begin < features && dropped; begin += kSome) {
-      const int64_t end = std::min(begin + kSome, features);
-      for (int64_t f = begin; f < end; ++f) {
-        for (int64_t r = 0; r < from.runs; ++r) {
-          const PlaceRun& run = from.run(r);
-          const Bits* const at = all + f * feature_stride + run.at;
-          uint32_t* __restrict const sum = bits + run.first;
-          if (from.step == 1) {
-            for (int64_t i = 0; i < run.length; ++i) sum[i] |= at[i] & kMagnitude;
-          } else {
-            for (int64_t i = 0; i < run.length; ++i) sum[i] |= at[i * from.step] & kMagnitude;
-          }
+  const auto zeros = [&]() __attribute__((always_inline)) {
+    bool any = false;
+    for (int64_t p = 0; p < from.count; ++p) any |= (bits[p] & kMagnitude) == 0;
+    return any;
+  };
+
+  // Rows of places, one feature after the other: where places are adjacent, or to find out where
+  // it is worth going on.
+  int64_t begin = 0;
+  const int64_t rows = feature_stride == 1 ? 0 : from.step == 1 ? features : kSome;
+  while (begin < std::min(rows, features) && zeros()) {
+    const int64_t end = std::min(begin + kSome, features);
+    for (; begin < end; ++begin) {
+      for (int64_t r = 0; r < from.runs; ++r) {
+        const PlaceRun& run = from.run(r);
+        const Bits* const at = all + begin * feature_stride + run.at;
+        uint32_t* __restrict const sum = bits + run.first;
+        if (from.step == 1) {
+          for (int64_t i = 0; i < run.length; ++i) sum[i] |= at[i];
+        } else {
+          for (int64_t i = 0; i < run.length; ++i) sum[i] |= at[i * from.step];
         }
       }
-      dropped = false;
-      for (int64_t p = 0; p < from.count; ++p) dropped |= bits[p] == 0;
     }
   }
+  // One place after the other.
   to->clear();
   for (int64_t p = 0; p < from.count; ++p) {
-    if (bits[p] != 0) to->add(from.offsets()[p], from.columns()[p], 1);
+    const Bits* const at = all + from.offsets()[p];
+    for (int64_t f = begin; f < features && (bits[p] & kMagnitude) == 0; f += kSome) {
+      const int64_t end = std::min(f + kSome, features);
+      uint32_t any = 0;
+      if (feature_stride == 1) {
+        for (int64_t i = f; i < end; ++i) any |= at[i];
+      } else {
+        for (int64_t i = f; i < end; ++i) any |= at[i * feature_stride];
+      }
+      bits[p] |= any;
+    }
+    if ((bits[p] & kMagnitude) != 0) to->add(from.offsets()[p], from.columns()[p], 1);
   }
 }
 
 // Moves the columns of a matrix to their numbers, with zeros between them and after the last, up to
-// `width`. With `upper`, of a row only what is on and right of the diagonal.
+// `width`, from right to left. With `upper`, of a row only what is on and right of the diagonal.
 template <int Lanes>
 FITCOMPRESS_INLINE void spread(int64_t rows, const Places& columns, bool upper, int64_t width,
-                               float* matrix, int64_t stride, float* line) {
-  const auto copy = [](const float* from, int64_t length, float* to)
-                        __attribute__((always_inline)) {
-                          for (int64_t i = 0; i < length; i += Lanes)
-                            std::memcpy(to + i, from + i, Lanes * 4);
-                        };
-  const auto clear = [](float* to, int64_t length) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < length; i += Lanes) std::memset(to + i, 0, Lanes * 4);
-  };
-  const bool in_place = columns.spans == 1 && columns.span(0).at == 0;
-  int64_t first = 0;  // span
+                               float* matrix, int64_t stride, const SpreadTable& table) {
+  using Vector = typename VectorOf<Lanes>::Type;
+  using Indices = typename VectorOf<Lanes>::Indices;
+  const int64_t vectors = ceil_div(width, Lanes);
+  if (columns.spans == 1 && columns.span(0).at == 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::fill(matrix + r * stride + columns.count, matrix + r * stride + vectors * Lanes, 0.0f);
+    }
+    return;
+  }
+  std::fill(table.mask, table.mask + vectors * Lanes, 0);
+  std::fill(table.index, table.index + vectors * Lanes, 0);
+  std::fill(table.start, table.start + vectors, int64_t{0});
+  for (int64_t p = columns.count; p-- > 0;) table.start[columns.columns()[p] / Lanes] = p;
+  for (int64_t p = 0; p < columns.count; ++p) {
+    const int64_t column = columns.columns()[p];
+    table.mask[column] = -1;
+    table.index[column] = static_cast<int32_t>(p - table.start[column / Lanes]);
+  }
   for (int64_t r = 0; r < rows; ++r) {
     float* const row = matrix + r * stride;
-    if (in_place) {
-      clear(row + columns.count, width - columns.count);
-      continue;
-    }
-    const int64_t from = upper ? r : 0;
-    while (upper && columns.span(first).first + columns.span(first).length <= r) ++first;
-    copy(row + from, columns.count - from, line + from);
-    if (!upper) clear(row, columns.spans > 0 ? columns.span(0).at : width);
-    for (int64_t s = first; s < columns.spans; ++s) {
-      const PlaceRun& span = columns.span(s);
-      const int64_t begin = std::max(from, span.first), end = span.first + span.length;
-      copy(line + begin, end - begin, row + span.at + begin - span.first);
-      const int64_t gap = span.at + span.length;
-      clear(row + gap, (s + 1 < columns.spans ? columns.span(s + 1).at : width) - gap);
+    const int64_t first = upper ? columns.columns()[r] / Lanes : 0;
+    for (int64_t v = vectors; v-- > first;) {
+      Vector value;
+      Indices index, mask;
+      std::memcpy(&value, row + table.start[v], sizeof(value));
+      std::memcpy(&index, table.index + v * Lanes, sizeof(index));
+      std::memcpy(&mask, table.mask + v * Lanes, sizeof(mask));
+      permute<Lanes>(&value, index);
+      const Indices result = reinterpret_cast<Indices>(value) & mask;
+      std::memcpy(row + v * Lanes, &result, sizeof(result));
     }
   }
 }
@@ -257,15 +298,15 @@ FITCOMPRESS_INLINE double half_norm(const Problem& problem, int64_t sample, int6
     if (side == 0 || !diagonal) list_outputs(problem, ranges[side], places);
     operands[side] = {problem.output_grad + first_image * shape.grad_strides[0] +
                           group * shape.outputs * shape.grad_strides[1],
-                      shape.grad_strides[1], places};
+                      problem.output_grad_end, shape.grad_strides[1], places};
   }
   float* const outputs = scratch->output_gram.get();
   const int64_t output_stride = scratch->output_stride;
   const Places& positions = *operands[0].places;
-  multiply_places<Lanes>(operands[0], operands[1], diagonal, shape.outputs, scratch->panels.get(),
-                         outputs, output_stride);
+  multiply_places<Lanes>(operands[0], operands[1], diagonal, shape.outputs, scratch->gram, outputs,
+                         output_stride);
   spread<Lanes>(positions.count, *operands[1].places, diagonal, length + Lanes, outputs,
-                output_stride, scratch->line.get());
+                output_stride, scratch->table);
   if (diagonal) {
     for (int64_t p = 0; p < positions.count; ++p) {
       outputs[p * output_stride + positions.columns()[p]] *= 0.5f;
@@ -280,7 +321,7 @@ FITCOMPRESS_INLINE double half_norm(const Problem& problem, int64_t sample, int6
       Places* const places = &scratch->inputs[diagonal ? 0 : side];
       operands[side] = {problem.input + first_image * shape.input_strides[0] +
                             group * shape.channels * shape.input_strides[1],
-                        shape.input_strides[1], places};
+                        problem.input_end, shape.input_strides[1], places};
       if (side == 1 && diagonal) continue;
       if (part.shifts.size() == 1) {
         list_inputs(problem, part, ranges[side], places);
@@ -291,10 +332,10 @@ FITCOMPRESS_INLINE double half_norm(const Problem& problem, int64_t sample, int6
       }
     }
     const Places& places = *operands[0].places;
-    multiply_places<Lanes>(operands[0], operands[1], diagonal, shape.channels,
-                           scratch->panels.get(), inputs, input_stride);
+    multiply_places<Lanes>(operands[0], operands[1], diagonal, shape.channels, scratch->gram,
+                           inputs, input_stride);
     spread<Lanes>(places.count, *operands[1].places, diagonal, length + plan.halo + Lanes, inputs,
-                  input_stride, scratch->line.get());
+                  input_stride, scratch->table);
 
     int64_t* const row_of = scratch->row_of_number.get();
     std::fill(row_of, row_of + rows.last - rows.first + plan.halo + 1, int64_t{-1});
@@ -338,7 +379,12 @@ void ghost_norms_cpu(const WeightGradShape& shape, const float* output_grad, con
   const int64_t pairs = plan.blocks * (plan.blocks + 1) / 2;
   const int64_t tasks = shape.samples * shape.groups * pairs;
   if (tasks == 0) return;
-  const Problem problem{shape, plan, output_grad, input};
+  const Problem problem{shape,
+                        plan,
+                        output_grad,
+                        input,
+                        end_of(output_grad, shape, shape.outputs, shape.places, shape.grad_strides),
+                        end_of(input, shape, shape.channels, shape.space, shape.input_strides)};
   std::vector<double> halves(static_cast<size_t>(tasks));
   std::atomic<int64_t> next{0};
   parallel_for(tasks, 1, [&](int64_t, int64_t) {

@@ -88,7 +88,7 @@ FITCOMPRESS_INLINE void multiply_places(const GramOperand& rows, const GramOpera
                                         float* gram, int64_t stride) {
   float* const panels = scratch.panels;
   const int64_t height = rows.places->count, width = columns.places->count;
-  const int64_t block = gram_features(upper ? width : width + height);
+  const int64_t block = std::min(gram_features(upper ? width : width + height), features);
   const int64_t size = (block + 1) * Lanes;  // no power of two
   float* const others = upper ? panels : panels + (width + Lanes - 1) / Lanes * size;
   if (features == 0) {

@@ -13,7 +13,7 @@
 
 namespace fitcompress {
 
-constexpr int64_t kGramFeatures = 256;      // of a block, at most
+constexpr int64_t kGramFeatures = 128;      // of a block, at most
 constexpr int64_t kGramPanels = 96 * 1024;  // floats of all its panels, if that many do
 
 // Feature f at a place: data[f · feature_stride + offset of the place].
@@ -39,11 +39,11 @@ constexpr int64_t gram_features(int64_t places) {
   return std::max<int64_t>(32, std::min(kGramFeatures, fit));
 }
 
-// Floats that the panels of at most so many places, of rows and columns together, take: those of
-// fewer places have more features.
-constexpr int64_t gram_panels(int64_t places) {
-  const int64_t padded = places + 2 * 15;
-  return std::max(kGramPanels, 32 * places) + padded + 2 * 15 * kGramFeatures;
+// Floats that the panels take of at most so many places, of rows and columns together. Fewer places
+// have more features in a block.
+constexpr int64_t gram_panels(int64_t places, int64_t features) {
+  const int64_t padded = places + 2 * 15, most = std::min(features, kGramFeatures);
+  return std::min(std::max(kGramPanels, 32 * places) + 2 * 15 * most, padded * most) + padded;
 }
 
 // Adjacent features: blocks of Lanes places and features are transposed.

@@ -13,6 +13,7 @@ add_library(fitcompress_ops MODULE
   csrc/distortion/distortion_table.cpp
   csrc/distortion/partition.cpp
   csrc/fisher/ghost_norms.cpp
+  csrc/fisher/ghost_plan.cpp
   csrc/fisher/square_accumulate.cpp
   csrc/quantize/fake_quantize_prune.cpp
   csrc/torch/distortion_table.cpp

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/transpose.h"
 #include "compensate/input_moments.h"
 
 namespace fitcompress {
@@ -16,9 +17,6 @@ namespace fitcompress {
 constexpr int64_t kTile = 256;  // positions summed in float32
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kRowStride = kTile + kMaxLanes;  // no power of two: rows in different cache sets
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <int Lanes>
 constexpr int64_t panel_size() {  // floats; one more row for the same reason
@@ -98,50 +96,6 @@ struct Matrix {
   std::vector<int64_t> offsets;
   std::vector<Dimension> places;  // dimensions of positions, merged where that is possible
 };
-
-template <int Lanes>
-struct VectorOf {
-  typedef float Type __attribute__((vector_size(Lanes * sizeof(float)), may_alias));
-};
-
-template <size_t... L, class Vector>
-FITCOMPRESS_INLINE void interleave(std::index_sequence<L...>, const Vector& a, const Vector& b,
-                                   Vector* low, Vector* high) {
-  constexpr size_t n = sizeof...(L);
-  *low = __builtin_shufflevector(a, b, (L / 2 + L % 2 * n)...);
-  *high = __builtin_shufflevector(a, b, (L / 2 + n / 2 + L % 2 * n)...);
-}
-
-// *result = elements 0, 2, … of a and then 1, 3, … of b.
-template <size_t... L, class Vector>
-FITCOMPRESS_INLINE void take_second(std::index_sequence<L...>, const Vector& a, const Vector& b,
-                                    Vector* result) {
-  constexpr size_t n = sizeof...(L);
-  *result = __builtin_shufflevector(a, b, (2 * L < n ? 2 * L : 2 * L + 1)...);
-}
-
-// Transposes Lanes × Lanes floats: log₂ Lanes perfect shuffles of all rows.
-template <int Lanes>
-FITCOMPRESS_INLINE void transpose(const float* from, float* to) {
-  using Vector = typename VectorOf<Lanes>::Type;
-  Vector even[Lanes], odd[Lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < Lanes; ++i) std::memcpy(&even[i], from + i * kRowStride, sizeof(Vector));
-  const auto shuffle = [](const Vector* in, Vector* out) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Lanes / 2; ++i) {
-      interleave(std::make_index_sequence<Lanes>(), in[i], in[i + Lanes / 2], &out[2 * i],
-                 &out[2 * i + 1]);
-    }
-  };
-  shuffle(even, odd);
-  shuffle(odd, even);
-  if (Lanes >= 8) shuffle(even, odd);
-  if (Lanes == 16) shuffle(odd, even);
-  const Vector* const result = Lanes == 8 ? odd : even;
-#pragma GCC unroll 16
-  for (int i = 0; i < Lanes; ++i) *reinterpret_cast<Vector*>(to + i * Lanes) = result[i];
-}
 
 FITCOMPRESS_INLINE void copy_adjacent(const float* from, int64_t length, float*& to) {
   for (; length >= 16; length -= 16, from += 16, to += 16) std::memcpy(to, from, 64);
@@ -223,7 +177,9 @@ FITCOMPRESS_INLINE void unfold(const Matrix& matrix, int64_t group, int64_t firs
     }
     float* const to = panels + panel / Lanes * panel_size<Lanes>();
     for (int64_t p = 0; p < length; p += Lanes) {
-      transpose<Lanes>(rows + p, to + p * Lanes);
+      const auto row = [=](int i)
+                           __attribute__((always_inline)) { return rows + p + i * kRowStride; };
+      transpose<Lanes>(row, to + p * Lanes);
     }
   }
 }

@@ -14,8 +14,8 @@ namespace fitcompress {
 //
 // What it costs, for each sample and group, in multiply-adds at the rate of a matrix product, to
 // choose between this form and the gradients themselves, which take P O I. With P the positions of
-// a sample, K the offsets of the kernel, and T(n) = ½ m (m + 16), m being n rounded up to a multiple
-// of 16:
+// a sample, K the offsets of the kernel, and T(n) = ½ m (m + 16), m being n rounded up to a
+// multiple of 16:
 //
 //   T(P) O + Σ_v T(v) C             products of outputs, and of inputs for each part
 //   + 10 (P O + Σ_v v C)            packing

@@ -26,7 +26,7 @@ FITCOMPRESS_INLINE void spread(int64_t rows, const Places& columns, bool upper, 
                                float* matrix, int64_t stride, const SpreadTable& table) {
   using Vector = typename VectorOf<Lanes>::Type;
   using Indices = typename VectorOf<Lanes>::Indices;
-  const int64_t vectors = ceil_div(width, Lanes);
+  const int64_t vectors = (width + Lanes - 1) / Lanes;
   if (columns.spans == 1 && columns.span(0).at == 0) {
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(matrix + r * stride + columns.count, matrix + r * stride + vectors * Lanes, 0.0f);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
 import sys
@@ -17,8 +18,8 @@ __all__ = ["peak_rise"]
 def peak_rise(run: Callable[[], Any]) -> int | None:
     """Call ``run`` and return how far resident memory rose above what it was before.
 
-    The operating system's high-water mark of the process (``ru_maxrss``): it counts
-    every page that was touched, torch's and the kernels' included, which
+    The operating system's high-water mark of the process: it counts every page that was
+    touched, torch's and the kernels' included, which
     ``tracemalloc`` would not see. Memory that the allocator had kept from earlier calls
     is not counted again, so it is a lower bound of what the call uses. On Linux the
     mark is set back before the call; elsewhere it only ever rises, and None is returned
@@ -42,5 +43,14 @@ def _forget_peak() -> bool:
 
 
 def _peak_bytes() -> int:
+    """Return the high-water mark.
+
+    ``ru_maxrss`` also knows that of the program that started this one; the mark in
+    Linux' status file does not.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes

@@ -42,7 +42,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         help="package.module:factory (called without arguments), or a built-in: "
-        "digits, resnet20, resnet56.",
+        "digits, resnet18, resnet20, resnet56.",
     ),
 ]
 WeightsOption = Annotated[

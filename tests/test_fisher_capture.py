@@ -223,7 +223,8 @@ def test_a_weight_that_a_parametrization_computes() -> None:
     # The gradient for the original is half of that for the weight in use.
     wanted = squares_one_by_one(model, x, labels(6), cross_entropy)
     found = estimator.moments.squares["0"]
-    torch.testing.assert_close(found, 4 * wanted["0.parametrizations.weight.original"])
+    original = wanted["0.parametrizations.weight.original"].float()
+    torch.testing.assert_close(found, 4 * original)
     assert estimator.moments.names == ("0", "2")
 
 

@@ -262,7 +262,10 @@ def test_batches_of_named_tensors(memory) -> None:
         )
         for name in ("token", "out"):
             torch.testing.assert_close(
-                found.squares[name], wanted[f"{name}.weight"], rtol=1e-5, atol=1e-12
+                found.squares[name],
+                wanted[f"{name}.weight"].float(),
+                rtol=1e-5,
+                atol=1e-12,
             )
     x["attention_mask"][2, 1:] = 0
     sampled = fc.measure_fisher(model, [x], memory=memory, progress=False)

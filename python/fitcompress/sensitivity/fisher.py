@@ -244,7 +244,7 @@ class FisherEstimator:
         found = self.moments.squares.get(weight.name)
         if found is None or found.device != device:
             shape = (weight.rows, weight.columns)
-            zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+            zeros = torch.zeros(shape, device=device)
             found = zeros if found is None else found.to(device)
             self.moments.squares[weight.name] = found
         return found

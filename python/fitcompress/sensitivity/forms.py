@@ -83,7 +83,7 @@ def accumulate(
 
     Args:
         c: The gradient.
-        squares: [groups·O, I] float64, Σ_i G_i ∘ G_i; None if only norms are wanted.
+        squares: [groups·O, I] float32, Σ_i G_i ∘ G_i; None if only norms are wanted.
         norms: [B] float64, ‖G_i‖².
         scale: Factor of all squares.
 
@@ -142,5 +142,5 @@ def accumulate_entries(
     added = sums.square_()
     norms.index_add_(0, found // rows, added.sum(1, dtype=torch.float64))
     if squares is not None:
-        squares.index_add_(0, found % rows, added.double())
+        squares.index_add_(0, found % rows, added)
     return "rows"

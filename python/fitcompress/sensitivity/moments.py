@@ -33,8 +33,10 @@ class FisherMoments:
 
     Attributes:
         trace: Weight name → float64 [Σ_i ‖G_i‖², Σ_i ‖G_i‖⁴].
-        squares: Weight name → Σ_i G_i ∘ G_i, float64 [n, m]: the weight's shape with
-            all dimensions but the first flattened. Empty for an estimate of traces.
+        squares: Weight name → Σ_i G_i ∘ G_i, [n, m]: the weight's shape with all
+            dimensions but the first flattened. In float32, as large as the weights: a
+            thousand batches cost an element about 1e-6 of its value. Empty for an
+            estimate of traces.
         activations: Weight name → Σ_i ‖∂ℓ_i/∂x_i‖², x the input of the layer. Empty
             unless asked for.
         samples: N.
@@ -264,8 +266,9 @@ def _check(moments: FisherMoments) -> None:
         message = "negative counts"
         raise ValueError(message)
     for kind, dims in (("trace", 1), ("squares", 2), ("activations", 0)):
+        dtype = torch.float32 if kind == "squares" else torch.float64
         for name, sums in getattr(moments, kind).items():
-            good = sums.dtype == torch.float64 and sums.dim() == dims
+            good = sums.dtype == dtype and sums.dim() == dims
             if not good or (kind == "trace" and len(sums) != 2):
                 message = f"{kind} of {name!r}: {sums.dtype} {tuple(sums.shape)}"
                 raise ValueError(message)

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <new>
+#include <vector>
 
 #include "common/buffer.h"
 #include "common/parallel.h"
@@ -41,13 +42,18 @@ struct Scratch {
         norms(make_buffer<double>(plan.chunk * plan.width)),
         window(make_buffer<int64_t>(plan.positions)),
         offset(make_buffer<int64_t>(plan.shape.inputs() + plan.vectors)),
-        used(make_buffer<int64_t>(plan.vectors)) {}
+        used(make_buffer<int64_t>(plan.vectors)),
+        ordered(make_buffer<float>((plan.inner + 1) * plan.width)),
+        sum(make_buffer<double>(plan.inner * plan.width)) {}
 
   Buffer<float> input, grad, stage, products, totals;
   Buffer<double> norms;
   Buffer<int64_t> window;  // [positions] where its window begins in the packed or staged input
   Buffer<int64_t> offset;  // of a place in the window: of each vector, or of each row of it
   Buffer<int64_t> used;    // [vectors] lanes
+  // Of a vector of lanes, in the order of moment:
+  Buffer<float> ordered;
+  Buffer<double> sum;
 };
 
 // Where windows and what is in them lie in the packed input.
@@ -307,68 +313,91 @@ FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Tas
   }
 }
 
+// Puts from[inner][Lanes] in the order of moment: to[Lanes][inner], and writes as much as a vector
+// too many.
+template <int Lanes>
+FITCOMPRESS_INLINE void reorder(const float* from, int64_t inner, float* to) {
+  using Vector = typename VectorOf<Lanes>::Type;
+  for (int64_t next = 0; next < inner; next += Lanes) {
+    // The last square overlaps the one before. If it is the only one, each column overwrites what
+    // the one before has too many.
+    const int64_t k = std::max<int64_t>(0, std::min(next, inner - Lanes));
+    Vector square[Lanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < Lanes; ++i) {
+      square[i] = *reinterpret_cast<const Vector*>(from + std::min(k + i, inner - 1) * Lanes);
+    }
+    transpose<Lanes>(square, to + k, inner);
+  }
+}
+
 // moment += scale · totals of a block, of which there are `count`, `stride` apart.
 template <int Lanes, class Moment>
 FITCOMPRESS_INLINE void add_block(const Plan& plan, const Task& task, const float* totals,
-                                  int64_t count, int64_t stride, double scale, Moment* moment) {
-  const auto buffer = make_buffer<double>(plan.row_stride);
-  double* const sum = buffer.get();
-  const int64_t inner = plan.inner, size = ceil_div(task.lanes, Lanes) * inner * Lanes;
+                                  int64_t count, int64_t stride, double scale, Moment* moment,
+                                  const Scratch& scratch) {
+  const int64_t inner = plan.inner;
+  float* const ordered = scratch.ordered.get();
+  double* const sum = scratch.sum.get();
   for (int64_t r = 0; r < task.rows; ++r) {
-    const float* from = totals + r * plan.row_stride;
-    for (int64_t i = 0; i < size; ++i) sum[i] = scale * from[i];
-    for (int64_t n = 1; n < count; ++n) {
-      from += stride;
-      for (int64_t i = 0; i < size; ++i) sum[i] += scale * from[i];
-    }
     const int64_t row = task.set * plan.rows + task.first_row + r;
-    Moment* to = moment + (row * plan.lanes + task.first_lane) * inner;
-    if (inner == 1) {
-      for (int64_t l = 0; l < task.lanes; ++l) to[l] = static_cast<Moment>(to[l] + sum[l]);
-      continue;
-    }
-    for (int64_t l = 0; l < task.lanes; ++l, to += inner) {
-      const double* const lane = sum + l / Lanes * Lanes * inner + l % Lanes;
-      for (int64_t k = 0; k < inner; ++k) to[k] = static_cast<Moment>(to[k] + lane[k * Lanes]);
+    for (int64_t first = 0; first < task.lanes; first += Lanes) {
+      Moment* const to = moment + (row * plan.lanes + task.first_lane + first) * inner;
+      const int64_t size = std::min<int64_t>(Lanes, task.lanes - first) * inner;
+      const float* from = totals + r * plan.row_stride + first * inner;
+      for (int64_t n = 0; n < count; ++n, from += stride) {
+        const float* next = from;
+        if (inner > 1) {
+          reorder<Lanes>(from, inner, ordered);
+          next = ordered;
+        }
+        if (n == 0) {
+          for (int64_t i = 0; i < size; ++i) sum[i] = next[i];
+        } else {
+          for (int64_t i = 0; i < size; ++i) sum[i] += next[i];
+        }
+      }
+      for (int64_t i = 0; i < size; ++i) to[i] = static_cast<Moment>(to[i] + scale * sum[i]);
     }
   }
 }
 
-// Adds the totals of a block, of which there are `count`, `stride` apart; empty if not wanted.
-using AddBlock = std::function<void(const Task&, const float*, int64_t count, int64_t stride)>;
+// add_block for a type of moment; empty if moment is not wanted.
+using AddBlock = std::function<void(const Task&, const float* totals, int64_t count, int64_t stride,
+                                    const Scratch&)>;
 
-// Whoever is free takes the next task.
+// Whoever is free takes the next task. Who is the last to finish a chunk of a block adds the block
+// to moment, all chunks in their order.
 void square_wave(const Plan& plan, const Operands& data, int64_t begin, const AddBlock& add,
                  float* partial, double* norms) {
   const int64_t samples = std::min(plan.wave, plan.shape.samples - begin);
-  const int64_t tasks = plan.blocks * ceil_div(samples, plan.chunk);
+  const int64_t chunks = ceil_div(samples, plan.chunk), tasks = plan.blocks * chunks;
+  std::vector<std::atomic<int64_t>> done(static_cast<size_t>(plan.blocks));
+  for (auto& each : done) each = 0;
   std::atomic<int64_t> next{0};
   parallel_for(tasks, 1, [&](int64_t, int64_t) {
     try {
       const Scratch scratch(plan, add && partial == nullptr);
       for (int64_t index = next++; index < tasks; index = next++) {
         const Task task = plan.task(index, begin);
-        float* const totals =
-            partial != nullptr ? partial + index * plan.block_size : scratch.totals.get();
+        float* totals = nullptr;
+        if (add) {
+          totals = partial != nullptr ? partial + index * plan.block_size : scratch.totals.get();
+        }
         double* const to =
             norms == nullptr ? nullptr : norms + task.block * plan.wave + task.first_sample - begin;
         dispatch_isa([&](auto lanes) __attribute__((always_inline)) {
-          square<lanes>(plan, data, task, scratch, add ? totals : nullptr, to);
+          square<lanes>(plan, data, task, scratch, totals, to);
         });
-        if (add && partial == nullptr) add(task, totals, 1, 0);
+        if (!add || ++done[static_cast<size_t>(task.block)] < chunks) continue;
+        if (partial != nullptr) totals = partial + task.block * plan.block_size;
+        add(task, totals, chunks, plan.blocks * plan.block_size, scratch);
       }
     } catch (const std::bad_alloc&) {
       // The others do the work.
     }
   });
   if (next < tasks) throw std::bad_alloc();
-  if (partial == nullptr) return;
-  parallel_for(plan.blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      add(plan.task(block, begin), partial + block * plan.block_size, tasks / plan.blocks,
-          plan.blocks * plan.block_size);
-    }
-  });
 }
 
 }  // namespace
@@ -384,9 +413,10 @@ void square_accumulate_cpu(const WeightGradShape& shape, const float* output_gra
   const Plan plan(shape, width, tile_rows);
   AddBlock add;
   if (moment != nullptr) {
-    add = [&](const Task& task, const float* totals, int64_t count, int64_t stride) {
+    add = [&](const Task& task, const float* totals, int64_t count, int64_t stride,
+              const Scratch& scratch) {
       dispatch_isa([&](auto lanes) __attribute__((always_inline)) {
-        add_block<lanes>(plan, task, totals, count, stride, scale, moment);
+        add_block<lanes>(plan, task, totals, count, stride, scale, moment, scratch);
       });
     };
   }

@@ -84,7 +84,8 @@ struct Plan {
     inner = side == Side::kGroups     ? shape.outputs * shape.inputs()
             : side == Side::kChannels ? kernel
                                       : 1;
-    row_block = side == Side::kGroups ? 1 : even_block(rows, kRows, tile_rows);
+    row_block =
+        side == Side::kGroups ? 1 : even_block(rows, inner > 1 ? kRows / 2 : kRows, tile_rows);
     const int64_t most = side == Side::kGroups     ? width
                          : side == Side::kUnfolded ? lanes
                                                    : kColumns / kernel / width * width;
@@ -146,7 +147,7 @@ struct Plan {
 
   static constexpr int64_t kRows = 128, kColumns = 576;  // of a block
   static constexpr int64_t kTasks = 32;
-  static constexpr int64_t kSplit = 1024;       // positions a partial sum is worth
+  static constexpr int64_t kSplit = 1024;      // positions a partial sum is worth
   static constexpr int64_t kChunk = 32;        // samples whose squares are summed in float32
   static constexpr int64_t kPositions = 1024;  // positions summed in registers, at most
   static constexpr int64_t kCache = 96 << 10;  // floats packed at a time, about

@@ -41,6 +41,7 @@ struct Scratch {
         totals(make_buffer<float>(with_totals ? plan.block_size : 0)),
         norms(make_buffer<double>(plan.chunk * plan.width)),
         window(make_buffer<int64_t>(plan.positions)),
+        at(make_buffer<int64_t>(plan.positions)),
         offset(make_buffer<int64_t>(plan.shape.inputs() + plan.vectors)),
         used(make_buffer<int64_t>(plan.vectors)),
         ordered(make_buffer<float>((plan.inner + 1) * plan.width)),
@@ -48,7 +49,8 @@ struct Scratch {
 
   Buffer<float> input, grad, stage, products, totals;
   Buffer<double> norms;
-  Buffer<int64_t> window;  // [positions] where its window begins in the packed or staged input
+  Buffer<int64_t> window;  // [positions] where it begins in the packed or staged input
+  Buffer<int64_t> at;      // [positions] where its inputs lie, unfolded
   Buffer<int64_t> offset;  // of a place in the window: of each vector, or of each row of it
   Buffer<int64_t> used;    // [vectors] lanes
   // Of a vector of lanes, in the order of moment:
@@ -270,6 +272,7 @@ FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Tas
         int64_t* const offset = scratch.offset.get();
         if (plan.side == Side::kUnfolded) {
           for (int64_t v = 0; v < plan.vectors; ++v) offset[v] = v * Lanes;
+          for (int64_t p = 0; p < plan.positions; ++p) scratch.at[p] = p * plan.unfolded_stride;
         } else {
           const int64_t each = find_offsets(plan, plan.extent(segment.size), false, Lanes, offset);
           for (int64_t v = each; v < plan.panels * each; ++v) {
@@ -278,17 +281,12 @@ FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Tas
         }
       }
       pack_samples<Lanes>(plan, data, task, segment, task.first_sample + begin, count, scratch);
-      if (plan.side == Side::kUnfolded) {
-        for (int64_t p = 0; p < segment.positions(); ++p) {
-          scratch.window[p] = p * plan.unfolded_stride;
-        }
-      }
       Packed packed{};
       packed.input = scratch.input.get();
       packed.grad = scratch.grad.get();
       packed.input_size = plan.input_size;
       packed.grad_size = plan.grad_size;
-      packed.at = scratch.window.get();
+      packed.at = (plan.side == Side::kUnfolded ? scratch.at : scratch.window).get();
       packed.positions = segment.positions();
       packed.samples = count;
       packed.first = i == 0;

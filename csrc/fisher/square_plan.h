@@ -84,8 +84,8 @@ struct Plan {
     inner = side == Side::kGroups     ? shape.outputs * shape.inputs()
             : side == Side::kChannels ? kernel
                                       : 1;
-    row_block =
-        side == Side::kGroups ? 1 : even_block(rows, inner > 1 ? kRows / 2 : kRows, tile_rows);
+    const bool cheap = inner > 1 && spread() == 1;  // to pack the input once more
+    row_block = side == Side::kGroups ? 1 : even_block(rows, cheap ? kRows / 2 : kRows, tile_rows);
     const int64_t most = side == Side::kGroups     ? width
                          : side == Side::kUnfolded ? lanes
                                                    : kColumns / kernel / width * width;
@@ -172,6 +172,9 @@ struct Plan {
   int64_t vectors, row_stride, block_size;  // of sums and totals
 
  private:
+  // Places of the input for each of the output, about.
+  int64_t spread() const { return shape.stride[0] * shape.stride[1] * shape.stride[2]; }
+
   static int64_t even_block(int64_t size, int64_t most, int64_t unit) {
     return round_up(ceil_div(size, ceil_div(size, most)), unit);
   }
@@ -193,10 +196,9 @@ struct Plan {
   }
 
   void cut_positions(int64_t tile_rows) {
-    const int64_t spread = shape.stride[0] * shape.stride[1] * shape.stride[2];
     unfolded_stride = (ceil_div(lane_block, width) | 1) * width;
-    const int64_t input_floats = side == Side::kGroups     ? shape.channels * width * spread
-                                 : side == Side::kChannels ? lane_block * spread
+    const int64_t input_floats = side == Side::kGroups     ? shape.channels * width * spread()
+                                 : side == Side::kChannels ? lane_block * spread()
                                                            : unfolded_stride;
     const int64_t grad_floats = side == Side::kGroups ? shape.outputs * width : row_block;
     const int64_t most = std::clamp<int64_t>(kCache / (input_floats + grad_floats), 64, kPositions);

@@ -84,11 +84,13 @@ struct Plan {
     inner = side == Side::kGroups     ? shape.outputs * shape.inputs()
             : side == Side::kChannels ? kernel
                                       : 1;
-    const bool cheap = inner > 1 && spread() == 1;  // to pack the input once more
-    row_block = side == Side::kGroups ? 1 : even_block(rows, cheap ? kRows / 2 : kRows, tile_rows);
-    const int64_t most = side == Side::kGroups     ? width
-                         : side == Side::kUnfolded ? lanes
-                                                   : kColumns / kernel / width * width;
+    // Blocks are wider than high where packing the input once more costs little.
+    const bool wide = inner > 1 && spread() == 1;
+    row_block = side == Side::kGroups ? 1 : even_block(rows, wide ? kShort : 2 * kShort, tile_rows);
+    const int64_t most = side == Side::kGroups ? width
+                         : side == Side::kUnfolded
+                             ? lanes
+                             : (spread() == 1 ? kLong : kLong / 2) / kernel / width * width;
     lane_block = even_block(lanes, std::max(most, width), width);
     row_blocks = ceil_div(rows, row_block);
     lane_blocks = ceil_div(lanes, lane_block);
@@ -145,7 +147,7 @@ struct Plan {
     return all;
   }
 
-  static constexpr int64_t kRows = 128, kColumns = 576;  // of a block
+  static constexpr int64_t kShort = 64, kLong = 576;  // sides of a block
   static constexpr int64_t kTasks = 32;
   static constexpr int64_t kSplit = 1024;      // positions a partial sum is worth
   static constexpr int64_t kChunk = 32;        // samples whose squares are summed in float32
@@ -191,7 +193,7 @@ struct Plan {
     const int64_t groups =
         ceil_div(s.groups, width) * s.outputs * s.channels * (kernel + ceil_div(kernel, 8));
     side = Side::kChannels;
-    if (unfolded < channels && s.inputs() <= 2 * kColumns) side = Side::kUnfolded;
+    if (unfolded < channels && s.inputs() <= 2 * kLong) side = Side::kUnfolded;
     if (groups < std::min(channels, unfolded)) side = Side::kGroups;
   }
 

@@ -52,6 +52,36 @@ CASES = {
     "images of tokens": example(2, 40, 20, (1, 1, 9), images=3),
     "large image": example(1, 16, 24, (1, 40, 40), (1, 3, 3)),
     "wide kernel": example(1, 17, 9, (1, 20, 20), (1, 5, 7)),
+    # Tails of vectors and tiles:
+    "15 to 7": example(2, 15, 7, (1, 5, 5), (1, 3, 3)),
+    "16 to 8": example(2, 16, 8, (1, 4, 4), (1, 3, 3)),
+    "17 to 9": example(2, 17, 9, (1, 6, 3), (1, 3, 3)),
+    "33 to 12": example(2, 33, 12, (1, 5, 7), (1, 2, 2)),
+    "31 tokens to 3": example(2, 31, 3, (1, 1, 5)),
+    # More than one block of rows, of lanes, of places, of samples, and all of them:
+    "many outputs": example(2, 16, 150, (1, 4, 5), (1, 3, 3)),
+    "many channels": example(2, 90, 10, (1, 4, 5), (1, 3, 3)),
+    "large stem": example(2, 3, 9, (1, 40, 37), (1, 7, 7), (1, 2, 2)),
+    "long": example(2, 20, 12, (1, 1, 2500), (1, 1, 3)),
+    "large depthwise": example(2, 18, 18, (1, 40, 41), (1, 3, 3), groups=18),
+    "many samples": example(75, 16, 8, (1, 8, 8), (1, 3, 3)),
+    "many samples of a stem": example(75, 3, 8, (1, 9, 9), (1, 3, 3)),
+    "many samples depthwise": example(75, 17, 17, (1, 6, 6), (1, 3, 3), groups=17),
+    "many small samples": example(75, 20, 9, (1, 1, 1)),
+    "blocks": example(40, 70, 70, (1, 5, 5), (1, 3, 3), (1, 2, 2)),
+    # Ways to unfold and to take groups side by side:
+    "row of 9": example(2, 2, 5, (1, 5, 6), (1, 2, 9)),
+    "row of 20": example(2, 2, 5, (1, 5, 6), (1, 2, 20)),
+    "dilated row": example(2, 3, 5, (1, 5, 6), (1, 2, 3), ONES, (1, 1, 3)),
+    "one channel": example(2, 1, 8, (1, 6, 6), (1, 3, 3)),
+    "small groups": example(2, 36, 54, (1, 5, 6), (1, 3, 3), groups=18),
+    "depthwise 7x7": example(2, 16, 16, (1, 6, 5), (1, 7, 7), groups=16),
+    "depthwise pair": example(2, 16, 16, (1, 1, 5), (1, 1, 2), groups=16),
+    "groups of tokens": example(2, 40, 80, (1, 1, 9), groups=20),
+    "images of a stem": example(3, 3, 7, (1, 6, 6), (1, 3, 3), images=3),
+    "images depthwise": example(2, 18, 18, (1, 6, 6), (1, 3, 3), groups=18, images=3),
+    "large images": example(2, 16, 9, (1, 33, 33), (1, 3, 3), images=2),
+    "many images": example(2, 40, 20, (1, 1, 9), images=200),
     "no sample": example(0, 4, 3, (1, 2, 2)),
     "no place": example(2, 4, 3, (1, 0, 2)),
     "no output": example(2, 4, 0, (1, 2, 2)),
@@ -250,16 +280,36 @@ def test_same_bits_for_any_number_of_threads(name):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(bad):
-    grads, input, options = example(3, 5, 6, (1, 4, 4), (1, 3, 3))
+@pytest.mark.parametrize("channels", [5, 17])
+def test_what_is_not_finite_shows(channels, bad):
+    grads, input, options = example(3, channels, 6, (1, 4, 4), (1, 3, 3))
     grads[1, 2, 0, 1, 1] = bad
-    moment, norms = torch.zeros(6, 45), torch.zeros(3, dtype=torch.float64)
+    moment = torch.zeros(6, channels * 9)
+    norms = torch.zeros(3, dtype=torch.float64)
     ops.square_accumulate_(moment, norms, grads, input, **options)
     assert not torch.isfinite(moment[2]).any()
     assert torch.isfinite(moment[[0, 1, 3, 4, 5]]).all()
     assert torch.isfinite(norms).tolist() == [True, False, True]
     norms.zero_()
     ops.ghost_norms_(norms, grads, input, **options)
+    assert torch.isfinite(norms).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (17, 1), (34, 2), (17, 17)])
+def test_an_input_that_is_not_finite_shows(channels, groups, bad):
+    outputs = 10 * groups if groups < 17 else 17
+    grads, input, options = example(
+        3, channels, outputs, (1, 4, 4), (1, 3, 3), groups=groups
+    )
+    input[1, channels - 1, 0, 2, 2] = bad
+    moment = torch.zeros(outputs, channels // groups * 9)
+    norms = torch.zeros(3, dtype=torch.float64)
+    ops.square_accumulate_(moment, norms, grads, input, **options)
+    finite = torch.isfinite(moment).view(groups, -1, channels // groups, 9)
+    assert not finite[-1, :, -1].any()
+    finite[-1, :, -1] = True
+    assert finite.all()
     assert torch.isfinite(norms).tolist() == [True, False, True]
 
 

@@ -8,10 +8,11 @@
 
 namespace fitcompress {
 
-// Writes Lanes rows of Lanes floats as columns, one after the other: log₂ Lanes perfect shuffles of
-// all rows. The rows are used as work space; `to` is aligned to a vector.
+// Writes the columns of Lanes rows of Lanes floats, one after the other and `stride` floats apart:
+// log₂ Lanes perfect shuffles of all rows. The rows are used as work space.
 template <int Lanes>
-FITCOMPRESS_INLINE void transpose(typename VectorOf<Lanes>::Type (&even)[Lanes], float* to) {
+FITCOMPRESS_INLINE void transpose(typename VectorOf<Lanes>::Type (&even)[Lanes], float* to,
+                                  int64_t stride = Lanes) {
   using Vector = typename VectorOf<Lanes>::Type;
   Vector odd[Lanes];
   const auto shuffle = [](const Vector* in, Vector* out) __attribute__((always_inline)) {
@@ -27,7 +28,7 @@ FITCOMPRESS_INLINE void transpose(typename VectorOf<Lanes>::Type (&even)[Lanes],
   if (Lanes == 16) shuffle(odd, even);
   const Vector* const result = Lanes == 8 ? odd : even;
 #pragma GCC unroll 16
-  for (int i = 0; i < Lanes; ++i) *reinterpret_cast<Vector*>(to + i * Lanes) = result[i];
+  for (int i = 0; i < Lanes; ++i) std::memcpy(to + i * stride, &result[i], sizeof(Vector));
 }
 
 // The same for rows in memory, row i at row(i), at any address.

@@ -10,7 +10,6 @@
 
 #include "common/isa.h"
 #include "common/transpose.h"
-#include "common/vector.h"
 #include "fisher/square_plan.h"
 
 namespace fitcompress {

@@ -84,10 +84,13 @@ struct Plan {
     inner = side == Side::kGroups     ? shape.outputs * shape.inputs()
             : side == Side::kChannels ? kernel
                                       : 1;
-    row_block = side == Side::kGroups ? 1 : even_block(rows, kRows, tile_rows);
-    const int64_t most = side == Side::kGroups     ? width
-                         : side == Side::kUnfolded ? lanes
-                                                   : kColumns / kernel / width * width;
+    // Blocks are wider than high where packing the input once more costs little.
+    const bool wide = inner > 1 && spread() == 1;
+    row_block = side == Side::kGroups ? 1 : even_block(rows, wide ? kShort : 2 * kShort, tile_rows);
+    const int64_t most = side == Side::kGroups ? width
+                         : side == Side::kUnfolded
+                             ? lanes
+                             : (spread() == 1 ? kLong : kLong / 2) / kernel / width * width;
     lane_block = even_block(lanes, std::max(most, width), width);
     row_blocks = ceil_div(rows, row_block);
     lane_blocks = ceil_div(lanes, lane_block);
@@ -144,7 +147,7 @@ struct Plan {
     return all;
   }
 
-  static constexpr int64_t kRows = 128, kColumns = 576;  // of a block
+  static constexpr int64_t kShort = 64, kLong = 576;  // sides of a block
   static constexpr int64_t kTasks = 32;
   static constexpr int64_t kSplit = 1024;      // positions a partial sum is worth
   static constexpr int64_t kChunk = 32;        // samples whose squares are summed in float32
@@ -171,6 +174,9 @@ struct Plan {
   int64_t vectors, row_stride, block_size;  // of sums and totals
 
  private:
+  // Places of the input for each of the output, about.
+  int64_t spread() const { return shape.stride[0] * shape.stride[1] * shape.stride[2]; }
+
   static int64_t even_block(int64_t size, int64_t most, int64_t unit) {
     return round_up(ceil_div(size, ceil_div(size, most)), unit);
   }
@@ -187,15 +193,14 @@ struct Plan {
     const int64_t groups =
         ceil_div(s.groups, width) * s.outputs * s.channels * (kernel + ceil_div(kernel, 8));
     side = Side::kChannels;
-    if (unfolded < channels && s.inputs() <= 2 * kColumns) side = Side::kUnfolded;
+    if (unfolded < channels && s.inputs() <= 2 * kLong) side = Side::kUnfolded;
     if (groups < std::min(channels, unfolded)) side = Side::kGroups;
   }
 
   void cut_positions(int64_t tile_rows) {
-    const int64_t spread = shape.stride[0] * shape.stride[1] * shape.stride[2];
     unfolded_stride = (ceil_div(lane_block, width) | 1) * width;
-    const int64_t input_floats = side == Side::kGroups     ? shape.channels * width * spread
-                                 : side == Side::kChannels ? lane_block * spread
+    const int64_t input_floats = side == Side::kGroups     ? shape.channels * width * spread()
+                                 : side == Side::kChannels ? lane_block * spread()
                                                            : unfolded_stride;
     const int64_t grad_floats = side == Side::kGroups ? shape.outputs * width : row_block;
     const int64_t most = std::clamp<int64_t>(kCache / (input_floats + grad_floats), 64, kPositions);

@@ -1,0 +1,50 @@
+// The operands of the Fisher kernels on CUDA: both tensors as positions × columns, and tables of
+// the offsets of these.
+#pragma once
+
+#include "common/cuda.h"
+#include "common/dtype.h"
+#include "fisher/weight_grad.h"
+
+namespace fitcompress {
+
+// Whether every sum is.
+inline bool is_empty(const WeightGradShape& shape) {
+  return shape.samples == 0 || shape.outputs == 0 || shape.inputs() == 0 || shape.positions() == 0;
+}
+
+// Elements in the 16 bytes that are copied at once.
+template <class T>
+constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
+
+// A tensor whose columns are contiguous in chunks. Those of the output's gradient are the outputs;
+// those of the input are k · C' + c for kernel offset k and channel c, with the channels padded to
+// C', a multiple of the chunk. What is padded is zero.
+template <class T>
+struct Operand {
+  const T* data;             // aligned to 16 bytes, like all distances and offsets
+  int64_t sample, group;     // distances
+  const int64_t* positions;  // offset of each position of a sample
+  const int64_t* chunks;     // offset of each chunk of columns
+  int64_t columns;
+};
+
+template <class T>
+struct Operands {
+  Operand<T> grad, input;
+  int64_t padded_channels;  // C'
+};
+
+// Uses the tensors where they are, if their channels are last and aligned, else a copy.
+template <class T>
+Operands<T> make_operands(const WeightGradShape& shape, const T* output_grad, const T* input,
+                          const Scratch& scratch, cudaStream_t queue);
+
+// For kernels that read the tensors as they are: offsets of the positions of a sample and of the
+// inputs of the weight, (c, k).
+struct Offsets {
+  const int64_t *grad_positions, *input_positions, *inputs;
+};
+Offsets make_offsets(const WeightGradShape& shape, const Scratch& scratch, cudaStream_t queue);
+
+}  // namespace fitcompress

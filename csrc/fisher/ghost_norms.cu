@@ -37,7 +37,8 @@ struct GhostTask {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) ghost_kernel(GhostTask<typename Tile::T> task) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    ghost_kernel(GhostTask<typename Tile::T> task) {
   using T = typename Tile::T;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const memory = reinterpret_cast<T*>(shared);
@@ -62,12 +63,12 @@ __global__ void __launch_bounds__(Tile::kThreads) ghost_kernel(GhostTask<typenam
       right.look_up_columns(of, to_copy);
     };
     const auto use = [&](int stage) {
-      const int64_t depth = min(of.columns - done, static_cast<int64_t>(Tile::kDepth));
+      const int64_t depth = min(of.width - done, static_cast<int64_t>(Tile::kDepth));
       done += Tile::kDepth;
       Tile::multiply(Tile::left(memory, stage), Tile::right(memory, stage), static_cast<int>(depth),
                      sum);
     };
-    run_pipeline((of.columns + Tile::kDepth - 1) / Tile::kDepth, copy, use);
+    run_pipeline((of.width + Tile::kDepth - 1) / Tile::kDepth, copy, use);
   };
   float grad[kSide][kSide] = {}, input[kSide][kSide] = {};
   products(task.of.grad, grad);

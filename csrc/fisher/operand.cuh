@@ -22,11 +22,11 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 // C', a multiple of the chunk. What is padded is zero.
 template <class T>
 struct Operand {
-  const T* data;             // aligned to 16 bytes, like all distances and offsets
-  int64_t sample, group;     // distances
-  const int64_t* positions;  // offset of each position of a sample
-  const int64_t* chunks;     // offset of each chunk of columns
-  int64_t columns;
+  const T* data;             // aligned to 16 bytes
+  int64_t sample, group;     // distances, in elements
+  const int32_t* positions;  // offset of each position of a sample, in chunks
+  const int32_t* columns;    // offset of each chunk of columns, in chunks
+  int64_t width;             // number of columns
 };
 
 template <class T>

@@ -47,25 +47,34 @@ __device__ Place place_of_block(const SquareTask<typename Tile::T>& task) {
 template <class Tile>
 __device__ void add_to_moment(const SquareTask<typename Tile::T>& task, const Place& place,
                               const float (&total)[kSide][kSide], bool first) {
+  // A copy that lies in memory, since a loop indexes it: unrolled, this rare step would need more
+  // registers than the products.
+  float values[kSide][kSide];
 #pragma unroll
+  for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) values[i][j] = total[i][j];
+  }
+#pragma unroll 1
   for (int j = 0; j < kSide; ++j) {
     const int64_t column = place.col + Tile::col(j);
     const int64_t channel = column % task.of.padded_channels;
     const int64_t k = column / task.of.padded_channels;
     if (channel >= task.channels || k >= task.kernel_volume) continue;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kSide; ++i) {
       const int64_t output = place.row + Tile::row(i);
-      if (output >= task.outputs) continue;
+      if (output >= task.outputs) break;
       const int64_t row = place.group * task.outputs + output;
       task.moment.add(place.slice, (row * task.channels + channel) * task.kernel_volume + k,
-                      total[i][j], first);
+                      values[i][j], first);
     }
   }
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) square_kernel(SquareTask<typename Tile::T> task) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    square_kernel(SquareTask<typename Tile::T> task) {
   using T = typename Tile::T;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const memory = reinterpret_cast<T*>(shared);
@@ -151,7 +160,7 @@ void square_tiles(const WeightGradShape& shape, const typename Tile::T* output_g
   task.channels = shape.channels;
   task.kernel_volume = shape.kernel_volume();
   task.row_tiles = divide_up(shape.outputs, Tile::kRows);
-  task.col_tiles = divide_up(task.of.input.columns, Tile::kCols);
+  task.col_tiles = divide_up(task.of.input.width, Tile::kCols);
   const int64_t tiles = shape.groups * task.row_tiles * task.col_tiles;
   const Slices slices =
       cut_samples(shape.samples, divide_up(kElements / (Tile::kRows * Tile::kCols), tiles),

@@ -34,7 +34,7 @@ class TileCopy {
 
   __device__ void look_up_columns(const Operand<T>& operand, int64_t first) {
     const int64_t column = first + chunk() * kChunk<T>;
-    column_ = column < operand.columns ? operand.chunks[column / kChunk<T>] : -1;
+    column_ = column < operand.width ? operand.columns[column / kChunk<T>] : -1;
   }
 
   __device__ void start(const T* data, T* tile) const {
@@ -42,7 +42,7 @@ class TileCopy {
     for (int i = 0; i < kCopies; ++i) {
       const bool inside = positions_[i] >= 0 && column_ >= 0;
       copy_async(tile + line(i) * kStride + chunk() * kChunk<T>,
-                 data + (inside ? positions_[i] + column_ : 0), inside);
+                 data + (inside ? int64_t{positions_[i] + column_} * kChunk<T> : 0), inside);
     }
   }
 
@@ -56,8 +56,8 @@ class TileCopy {
     return static_cast<int>(threadIdx.x) / kChunks + i * (Threads / kChunks);
   }
 
-  int64_t positions_[kCopies];
-  int64_t column_;
+  int32_t positions_[kCopies];  // offsets in chunks; negative: outside
+  int32_t column_;
 };
 
 // Calls copy(stage) and use(stage) for each step, copies ahead of their use.
@@ -84,6 +84,8 @@ struct TileShape {
   using T = Element;
   static constexpr int kRows = Rows, kCols = Cols, kThreads = Threads, kDepth = Depth;
   static constexpr int kWarps = Threads / 32;
+  // On a multiprocessor: 8 warps leave each thread the registers that it needs.
+  static constexpr int kBlocks = 256 / Threads;
   using Left = TileCopy<T, Transposed ? Depth : Rows, Transposed ? Rows : Depth, Threads>;
   using Right = TileCopy<T, Transposed ? Depth : Cols, Transposed ? Cols : Depth, Threads>;
   static constexpr int kBytes =
@@ -126,8 +128,15 @@ struct FloatTile : TileShape<float, 64, Cols, Cols, 16, Transposed> {
  private:
   static constexpr int kAcross = Cols / kSide, kDown = 8;  // threads along each side
 
-  __device__ static int across() { return static_cast<int>(threadIdx.x) % kAcross; }
-  __device__ static int down() { return static_cast<int>(threadIdx.x) / kAcross; }
+  // Warps of 8 × 4 threads, neighbours reading the same: the memory serves each load in two parts.
+  __device__ static int across() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / 32 % (kAcross / 8) * 8 + thread / 2 % 8;
+  }
+  __device__ static int down() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / 32 / (kAcross / 8) * 4 + thread / 16 % 2 * 2 + thread % 2;
+  }
   __device__ static int place(int thread, int threads, int i) {
     return Transposed ? i / 4 * 4 * threads + thread * 4 + i % 4 : i * threads + thread;
   }

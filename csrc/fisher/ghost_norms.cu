@@ -32,7 +32,7 @@ int64_t pairs(int64_t count) { return count * (count + 1) / 2; }
 template <class T>
 struct GhostTask {
   Operands<T> of;
-  int64_t positions, groups, pairs;
+  int64_t groups, pairs;
   double* norms;  // [samples, groups, pairs, warps]
 };
 
@@ -50,23 +50,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   typename Tile::Right right;
   const auto products = [&](const Operand<T>& of, float (&sum)[kSide][kSide]) {
     const T* const data = of.data + sample * of.sample + group * of.group;
-    left.look_up_positions(of, tiles.row * Tile::kRows, task.positions);
-    right.look_up_positions(of, tiles.col * Tile::kCols, task.positions);
+    left.look_up_positions(of, static_cast<int>(tiles.row) * Tile::kRows, task.of.positions);
+    right.look_up_positions(of, static_cast<int>(tiles.col) * Tile::kCols, task.of.positions);
     left.look_up_columns(of, 0);
     right.look_up_columns(of, 0);
-    int64_t to_copy = 0, done = 0;  // columns
-    const auto copy = [&](int stage) {
-      left.start(data, Tile::left(memory, stage));
-      right.start(data, Tile::right(memory, stage));
+    int to_copy = 0, to_do = of.width;  // columns
+    const auto copy = [&](int stage, bool wanted) {
+      left.start(data, Tile::left(memory, stage), wanted);
+      right.start(data, Tile::right(memory, stage), wanted);
       to_copy += Tile::kDepth;
       left.look_up_columns(of, to_copy);
       right.look_up_columns(of, to_copy);
     };
-    const auto use = [&](int stage) {
-      const int64_t depth = min(of.width - done, static_cast<int64_t>(Tile::kDepth));
-      done += Tile::kDepth;
-      Tile::multiply(Tile::left(memory, stage), Tile::right(memory, stage), static_cast<int>(depth),
-                     sum);
+    const auto use = [&](int stage, auto&& meanwhile) {
+      Tile::multiply(Tile::left(memory, stage), Tile::right(memory, stage), to_do, sum, meanwhile);
+      to_do -= Tile::kDepth;
     };
     run_pipeline((of.width + Tile::kDepth - 1) / Tile::kDepth, copy, use);
   };
@@ -94,8 +92,8 @@ void ghost_tiles(const WeightGradShape& shape, const typename Tile::T* output_gr
   static_assert(Tile::kRows == Tile::kCols);
   using T = typename Tile::T;
   const int64_t positions = shape.images * shape.positions();
-  GhostTask<T> task{make_operands(shape, output_grad, input, scratch, queue), positions,
-                    shape.groups, pairs(divide_up(positions, Tile::kRows)), nullptr};
+  GhostTask<T> task{make_operands(shape, output_grad, input, scratch, queue), shape.groups,
+                    pairs(divide_up(positions, Tile::kRows)), nullptr};
   const int64_t blocks = shape.samples * shape.groups * task.pairs;
   task.norms = allocate<double>(scratch, blocks * Tile::kWarps);
   check_cuda(cudaFuncSetAttribute(ghost_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,

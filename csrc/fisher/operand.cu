@@ -151,13 +151,14 @@ ChannelsLast<T> channels_last(const WeightGradShape& shape, const T* data, const
   return {copy, {shape.groups * group, 1, space[1] * row, row, task.padded}, group, task.padded};
 }
 
-// The largest offset within a sample, in chunks, must be a 32-bit number: 32 GiB.
+// The largest offset within a sample, in chunks, must fit into the tables: 16 GiB.
 template <class T>
 void require_small_sample(const WeightGradShape& shape, const ChannelsLast<T>& view,
                           const std::array<int64_t, 3>& space) {
   int64_t last = (shape.images - 1) * view.strides[0] + view.padded;
   for (size_t i = 0; i < 3; ++i) last += (space[i] - 1) * view.strides[i + 2];
-  if (last / kChunk<T> > INT32_MAX) throw std::runtime_error("CUDA: a sample is too large");
+  if (last / kChunk<T> >= -int64_t{kOutside})
+    throw std::runtime_error("CUDA: a sample is too large");
 }
 
 }  // namespace
@@ -185,9 +186,16 @@ Operands<T> make_operands(const WeightGradShape& shape, const T* output_grad, co
           {d[0] * u[2] / kUnit, d[1] * u[3] / kUnit, d[2] * u[4] / kUnit, 1},
           allocate<int32_t>(scratch, inputs)};
   fill(tables, 4, queue);
-  return {{e.data, shape.images * e.strides[0], e.group, t[0].offsets, t[2].offsets, e.padded},
-          {x.data, shape.images * u[0], x.group, t[1].offsets, t[3].offsets, inputs * kUnit},
-          x.padded};
+  const int64_t positions = shape.images * shape.positions();
+  if (std::max({positions, inputs * kUnit, e.padded}) > INT32_MAX) {
+    throw std::runtime_error("CUDA: a sample has too many positions or columns");
+  }
+  return {{e.data, shape.images * e.strides[0], e.group, t[0].offsets, t[2].offsets,
+           static_cast<int>(e.padded)},
+          {x.data, shape.images * u[0], x.group, t[1].offsets, t[3].offsets,
+           static_cast<int>(inputs * kUnit)},
+          static_cast<int>(positions),
+          static_cast<int>(x.padded)};
 }
 
 Offsets make_offsets(const WeightGradShape& shape, const Scratch& scratch, cudaStream_t queue) {

@@ -13,6 +13,10 @@ inline bool is_empty(const WeightGradShape& shape) {
   return shape.samples == 0 || shape.outputs == 0 || shape.inputs() == 0 || shape.positions() == 0;
 }
 
+// Offsets in tables are smaller, so that the sum of two is never negative, and the sum with this
+// is.
+constexpr int32_t kOutside = -(1 << 30);
+
 // Elements in the 16 bytes that are copied at once.
 template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
@@ -26,13 +30,14 @@ struct Operand {
   int64_t sample, group;     // distances, in elements
   const int32_t* positions;  // offset of each position of a sample, in chunks
   const int32_t* columns;    // offset of each chunk of columns, in chunks
-  int64_t width;             // number of columns
+  int width;                 // number of columns
 };
 
 template <class T>
 struct Operands {
   Operand<T> grad, input;
-  int64_t padded_channels;  // C'
+  int positions;        // of a sample
+  int padded_channels;  // C'
 };
 
 // Uses the tensors where they are, if their channels are last and aligned, else a copy.

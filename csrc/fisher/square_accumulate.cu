@@ -23,7 +23,7 @@ constexpr int kSamplesInFloat = 16;  // whose squares are summed in float32
 template <class T>
 struct SquareTask {
   Operands<T> of;
-  int64_t positions, samples, slice;  // slice: samples of a block
+  int64_t samples, slice;  // slice: samples of a block
   int64_t groups, outputs, channels, kernel_volume;
   int64_t row_tiles, col_tiles;
   MomentSink moment;
@@ -42,6 +42,35 @@ __device__ Place place_of_block(const SquareTask<typename Tile::T>& task) {
   const int64_t tile = blockIdx.x % (task.groups * tiles);
   return {tile, tile / tiles, tile % tiles / task.col_tiles * Tile::kRows,
           tile % task.col_tiles * Tile::kCols, blockIdx.x / (task.groups * tiles)};
+}
+
+__device__ double squared_norm(const float (&sum)[kSide][kSide]) {
+  float parts[kSide] = {};
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) parts[i] += sum[i][j] * sum[i][j];
+  }
+  double norm = 0.0;
+#pragma unroll
+  for (int i = 0; i < kSide; ++i) norm += parts[i];
+  return norm;
+}
+
+__device__ void add_squares(const float (&sum)[kSide][kSide], float (&total)[kSide][kSide]) {
+#pragma unroll
+  for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) total[i][j] += sum[i][j] * sum[i][j];
+  }
+}
+
+__device__ void clear(float (&sum)[kSide][kSide]) {
+#pragma unroll
+  for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) sum[i][j] = 0.0f;
+  }
 }
 
 template <class Tile>
@@ -81,67 +110,59 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Place place = place_of_block<Tile>(task);
   const Operand<T>&grad = task.of.grad, &input = task.of.input;
   int64_t sample = place.slice * task.slice;
-  const int64_t samples = min(task.slice, task.samples - sample);
+  const int64_t last = min(sample + task.slice, task.samples);
+  const int positions = task.of.positions;
 
   const T* e = grad.data + sample * grad.sample + place.group * grad.group;
   const T* x = input.data + sample * input.sample + place.group * input.group;
   typename Tile::Left left;
   typename Tile::Right right;
-  left.look_up_columns(grad, place.row);
-  right.look_up_columns(input, place.col);
-  left.look_up_positions(grad, 0, task.positions);
-  right.look_up_positions(input, 0, task.positions);
-  int64_t to_copy = 0;  // first position of the next copy
-  const auto copy = [&](int stage) {
-    left.start(e, Tile::left(memory, stage));
-    right.start(x, Tile::right(memory, stage));
+  left.look_up_columns(grad, static_cast<int>(place.row));
+  right.look_up_columns(input, static_cast<int>(place.col));
+  left.look_up_positions(grad, 0, positions);
+  right.look_up_positions(input, 0, positions);
+  int to_copy = 0;  // first position of the next copy
+  const auto copy = [&](int stage, bool wanted) {
+    left.start(e, Tile::left(memory, stage), wanted);
+    right.start(x, Tile::right(memory, stage), wanted);
     to_copy += Tile::kDepth;
-    if (to_copy >= task.positions) {
+    if (to_copy >= positions) {
       to_copy = 0;
       e += grad.sample;
       x += input.sample;
     }
-    left.look_up_positions(grad, to_copy, task.positions);
-    right.look_up_positions(input, to_copy, task.positions);
+    left.look_up_positions(grad, to_copy, positions);
+    right.look_up_positions(input, to_copy, positions);
   };
 
   float sum[kSide][kSide] = {}, total[kSide][kSide] = {};
-  int64_t done = 0, samples_done = 0;
-  const auto use = [&](int stage) {
-    const int64_t depth = min(task.positions - done, static_cast<int64_t>(Tile::kDepth));
-    Tile::multiply(Tile::left(memory, stage), Tile::right(memory, stage), static_cast<int>(depth),
-                   sum);
-    done += Tile::kDepth;
-    if (done < task.positions) return;
-    done = 0;
-    float norm = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) {
-        norm += sum[i][j] * sum[i][j];
-        total[i][j] += sum[i][j] * sum[i][j];
-        sum[i][j] = 0.0f;
-      }
-    }
+  int to_do = positions, samples_in_total = 0;
+  bool first = true;
+  const auto use = [&](int stage, auto&& meanwhile) {
+    Tile::multiply(Tile::left(memory, stage), Tile::right(memory, stage), to_do, sum, meanwhile);
+    to_do -= Tile::kDepth;
+    if (to_do > 0) return;
+    to_do = positions;
     if (task.norms != nullptr) {
-      const double in_warp = warp_sum(static_cast<double>(norm));
       const int64_t tiles = task.groups * task.row_tiles * task.col_tiles;
+      const double norm = warp_sum(squared_norm(sum));
       const int64_t part = (sample * tiles + place.tile) * Tile::kWarps + threadIdx.x / 32;
-      if (threadIdx.x % 32 == 0) task.norms[part] = in_warp;
+      if (threadIdx.x % 32 == 0) task.norms[part] = norm;
     }
     ++sample;
-    ++samples_done;
-    if (samples_done % kSamplesInFloat != 0 && samples_done < samples) return;
-    if (!task.moment.wanted()) return;
-    add_to_moment<Tile>(task, place, total, samples_done <= kSamplesInFloat);
-#pragma unroll
-    for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) total[i][j] = 0.0f;
+    if (task.moment.wanted()) {
+      add_squares(sum, total);
+      if (++samples_in_total == kSamplesInFloat || sample == last) {
+        add_to_moment<Tile>(task, place, total, first);
+        clear(total);
+        samples_in_total = 0;
+        first = false;
+      }
     }
+    clear(sum);
   };
-  run_pipeline(samples * ((task.positions + Tile::kDepth - 1) / Tile::kDepth), copy, use);
+  const int steps = (positions + Tile::kDepth - 1) / Tile::kDepth;
+  run_pipeline((last - sample) * steps, copy, use);
 }
 
 template <class Tile, class Moment>
@@ -153,7 +174,6 @@ void square_tiles(const WeightGradShape& shape, const typename Tile::T* output_g
   constexpr int64_t kFewestPositions = 512;  // of a slice, whose moment must be written and read
   SquareTask<T> task{};
   task.of = make_operands(shape, output_grad, input, scratch, queue);
-  task.positions = shape.images * shape.positions();
   task.samples = shape.samples;
   task.groups = shape.groups;
   task.outputs = shape.outputs;
@@ -164,7 +184,7 @@ void square_tiles(const WeightGradShape& shape, const typename Tile::T* output_g
   const int64_t tiles = shape.groups * task.row_tiles * task.col_tiles;
   const Slices slices =
       cut_samples(shape.samples, divide_up(kElements / (Tile::kRows * Tile::kCols), tiles),
-                  moment == nullptr ? 1 : divide_up(kFewestPositions, task.positions));
+                  moment == nullptr ? 1 : divide_up(kFewestPositions, task.of.positions));
   task.slice = slices.length;
   const int64_t size = shape.groups * shape.outputs * shape.inputs();
   task.moment = make_sink(moment, slices.count, size, scale, scratch);

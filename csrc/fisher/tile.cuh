@@ -24,25 +24,26 @@ class TileCopy {
   static constexpr int kStride = Length + kChunk<T>;  // of a line; no two rows share their banks
   static constexpr int kElements = Lines * kStride;
 
-  __device__ void look_up_positions(const Operand<T>& operand, int64_t first, int64_t count) {
+  __device__ void look_up_positions(const Operand<T>& operand, int first, int count) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int64_t position = first + line(i);
-      positions_[i] = position < count ? operand.positions[position] : -1;
+      const int position = first + line(i);
+      positions_[i] = position < count ? operand.positions[position] : kOutside;
     }
   }
 
-  __device__ void look_up_columns(const Operand<T>& operand, int64_t first) {
-    const int64_t column = first + chunk() * kChunk<T>;
-    column_ = column < operand.width ? operand.columns[column / kChunk<T>] : -1;
+  __device__ void look_up_columns(const Operand<T>& operand, int first) {
+    const int column = first + chunk() * kChunk<T>;
+    column_ = column < operand.width ? operand.columns[column / kChunk<T>] : kOutside;
   }
 
-  __device__ void start(const T* data, T* tile) const {
+  // Copies zeros where nothing is, or if not wanted.
+  __device__ void start(const T* data, T* tile, bool wanted) const {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const bool inside = positions_[i] >= 0 && column_ >= 0;
+      const int offset = positions_[i] + column_;
       copy_async(tile + line(i) * kStride + chunk() * kChunk<T>,
-                 data + (inside ? int64_t{positions_[i] + column_} * kChunk<T> : 0), inside);
+                 data + int64_t{max(offset, 0)} * kChunk<T>, wanted && offset >= 0);
     }
   }
 
@@ -56,26 +57,29 @@ class TileCopy {
     return static_cast<int>(threadIdx.x) / kChunks + i * (Threads / kChunks);
   }
 
-  int32_t positions_[kCopies];  // offsets in chunks; negative: outside
+  int32_t positions_[kCopies];  // offsets in chunks
   int32_t column_;
 };
 
-// Calls copy(stage) and use(stage) for each step, copies ahead of their use.
+// For each step calls copy(stage, wanted), ahead of its use, and use(stage, meanwhile); this must
+// call meanwhile, which starts a later copy, in the shadow of its first products.
 template <class Copy, class Use>
 __device__ void run_pipeline(int64_t steps, Copy&& copy, Use&& use) {
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) copy(step);
+    copy(step, step < steps);
     commit_copies();
   }
   for (int64_t step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // all see this step's tiles and have used those of the step before
-    const int64_t next = step + kStages - 1;
-    if (next < steps) copy(static_cast<int>(next % kStages));
-    commit_copies();
-    use(static_cast<int>(step % kStages));
+    use(static_cast<int>(step % kStages), [&] {
+      const int64_t next = step + kStages - 1;
+      copy(static_cast<int>(next % kStages), next < steps);
+      commit_copies();
+    });
   }
-  __syncthreads();
+  wait_for_copies<0>();
+  __syncthreads();  // the memory is free
 }
 
 // The sizes of a block's tile and its stages.
@@ -103,11 +107,14 @@ struct FloatTile : TileShape<float, 64, Cols, Cols, 16, Transposed> {
   __device__ static int row(int i) { return place(down(), kDown, i); }
   __device__ static int col(int j) { return place(across(), kAcross, j); }
 
+  template <class Meanwhile>
   __device__ static void multiply(const float* left, const float* right, int depth,
-                                  float (&sum)[kSide][kSide]) {
+                                  float (&sum)[kSide][kSide], Meanwhile&& meanwhile) {
     constexpr int kPart = Transposed ? 1 : 4;  // terms that lie side by side
     constexpr int kUnroll = 8;
-    for (int first = 0; first < depth; first += kUnroll) {
+#pragma unroll
+    for (int first = 0; first < FloatTile::kDepth; first += kUnroll) {
+      if (first > 0 && first >= depth) break;
 #pragma unroll
       for (int d = 0; d < kUnroll; d += kPart) {
         float a[kSide][kPart], b[kSide][kPart];
@@ -122,6 +129,7 @@ struct FloatTile : TileShape<float, 64, Cols, Cols, 16, Transposed> {
           }
         }
       }
+      if (first == 0) meanwhile();
     }
   }
 
@@ -174,15 +182,16 @@ struct TensorTile
     return warp() % WarpCols * 32 + j / 2 * 8 + lane() % 4 * 2 + j % 2;
   }
 
+  template <class Meanwhile>
   __device__ static void multiply(const T* left, const T* right, int depth,
-                                  float (&sum)[kSide][kSide]) {
+                                  float (&sum)[kSide][kSide], Meanwhile&& meanwhile) {
     constexpr int kTerms = 16;
     const int first_row = warp() / WarpCols * 64, first_col = warp() % WarpCols * 32;
     // The lane's row in the matrices that it loads: beside or below each other.
     const int inner = lane() % 8, second = lane() / 8 % 2 * 8, third = lane() / 16 * 8;
 #pragma unroll
     for (int d = 0; d < TensorTile::kDepth; d += kTerms) {
-      if (d >= depth) break;
+      if (d > 0 && d >= depth) break;
       uint32_t a[4][4], b[2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -202,6 +211,7 @@ struct TensorTile
                        sum[2 * i][2 * j + 1], sum[2 * i + 1][2 * j], sum[2 * i + 1][2 * j + 1]);
         }
       }
+      if (d == 0) meanwhile();
     }
   }
 

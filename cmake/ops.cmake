@@ -73,6 +73,7 @@ if(CMAKE_CUDA_COMPILER)
     csrc/fisher/ghost_norms.cu
     csrc/fisher/operand.cu
     csrc/fisher/partial_sums.cu
+    csrc/fisher/single_position.cu
     csrc/fisher/square_accumulate.cu
     csrc/fisher/square_few.cu)
   target_compile_definitions(fitcompress_ops PRIVATE FITCOMPRESS_WITH_CUDA)

@@ -353,6 +353,7 @@ CUDA_CASES = CASES | {
     "9 positions": example(4, 70, 30, (1, 1, 9)),
     "many positions": example(1, 24, 16, (1, 1, 700)),
     "many samples": example(700, 17, 20, (1, 1, 1)),
+    "one position of a kernel": example(37, 6, 18, (1, 1, 1), (1, 3, 2), groups=2),
     "slices of samples": example(1100, 17, 20, (1, 1, 3)),
     "many samples of few weights": example(600, 4, 4, (1, 1, 2)),
     "groups of patches": example(3, 80, 48, (1, 5, 5), (1, 3, 3), groups=2),

@@ -9,8 +9,11 @@
 // multiply-adds, of float32 on the ordinary cores, of 16-bit types on the tensor cores.
 //
 // Groups of very few weights, those of depthwise convolutions, would leave tiles empty: they have a
-// kernel of their own (square_few.cuh).
+// kernel of their own (square_few.cuh). A single position would leave the steps of the product
+// empty: there the product runs over the samples (single_position.cuh).
+#include "fisher/ghost_norms.h"
 #include "fisher/partial_sums.cuh"
+#include "fisher/single_position.cuh"
 #include "fisher/square_accumulate.h"
 #include "fisher/square_few.cuh"
 #include "fisher/tile.cuh"
@@ -18,11 +21,11 @@
 namespace fitcompress {
 namespace {
 
-constexpr int kSamplesInFloat = 16;  // whose squares are summed in float32
-
 template <class T>
 struct SquareTask {
   Operands<T> of;
+  bool squares;            // of the operands are squares already, not of the product
+  int samples_in_float;    // whose squares are summed in float32
   int64_t samples, slice;  // slice: samples of a block
   int64_t groups, outputs, channels, kernel_volume;
   int64_t row_tiles, col_tiles;
@@ -57,11 +60,13 @@ __device__ double squared_norm(const float (&sum)[kSide][kSide]) {
   return norm;
 }
 
-__device__ void add_squares(const float (&sum)[kSide][kSide], float (&total)[kSide][kSide]) {
+// total += sum ∘ sum, or sum alone.
+__device__ void add_squares(const float (&sum)[kSide][kSide], bool squares,
+                            float (&total)[kSide][kSide]) {
 #pragma unroll
   for (int i = 0; i < kSide; ++i) {
 #pragma unroll
-    for (int j = 0; j < kSide; ++j) total[i][j] += sum[i][j] * sum[i][j];
+    for (int j = 0; j < kSide; ++j) total[i][j] += sum[i][j] * (squares ? 1.0f : sum[i][j]);
   }
 }
 
@@ -151,8 +156,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
     ++sample;
     if (task.moment.wanted()) {
-      add_squares(sum, total);
-      if (++samples_in_total == kSamplesInFloat || sample == last) {
+      add_squares(sum, task.squares, total);
+      if (++samples_in_total == task.samples_in_float || sample == last) {
         add_to_moment<Tile>(task, place, total, first);
         clear(total);
         samples_in_total = 0;
@@ -167,13 +172,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 template <class Tile, class Moment>
 void square_tiles(const WeightGradShape& shape, const typename Tile::T* output_grad,
-                  const typename Tile::T* input, double scale, Moment* moment, double* norms,
-                  const Scratch& scratch, cudaStream_t queue) {
+                  const typename Tile::T* input, bool squares, double scale, Moment* moment,
+                  double* norms, const Scratch& scratch, cudaStream_t queue) {
   using T = typename Tile::T;
   constexpr int64_t kElements = 1 << 22;     // of tiles in work, to fill a device
   constexpr int64_t kFewestPositions = 512;  // of a slice, whose moment must be written and read
   SquareTask<T> task{};
   task.of = make_operands(shape, output_grad, input, scratch, queue);
+  task.squares = squares;
+  task.samples_in_float = squares ? 1 : 16;
   task.samples = shape.samples;
   task.groups = shape.groups;
   task.outputs = shape.outputs;
@@ -229,6 +236,19 @@ bool prefers_large_tiles(const WeightGradShape& shape) {
          large * Large::kRows * Large::kCols * 5 <= small * Small::kRows * Small::kCols * 6;
 }
 
+template <class T, class Moment>
+void square_any_tiles(const WeightGradShape& shape, const T* output_grad, const T* input,
+                      bool squares, double scale, Moment* moment, double* norms,
+                      const Scratch& scratch, cudaStream_t queue) {
+  if (prefers_large_tiles<T>(shape)) {
+    square_tiles<typename Tiles<T>::Large>(shape, output_grad, input, squares, scale, moment, norms,
+                                           scratch, queue);
+  } else {
+    square_tiles<typename Tiles<T>::Small>(shape, output_grad, input, squares, scale, moment, norms,
+                                           scratch, queue);
+  }
+}
+
 }  // namespace
 
 template <class T, class Moment>
@@ -241,12 +261,17 @@ void square_accumulate_cuda(const WeightGradShape& shape, const T* output_grad, 
   auto* const queue = static_cast<cudaStream_t>(stream);
   if (shape.outputs * shape.channels <= kFewWeights) {
     square_few(shape, output_grad, input, scale, moment, norms, scratch, queue);
-  } else if (prefers_large_tiles<T>(shape)) {
-    square_tiles<typename Tiles<T>::Large>(shape, output_grad, input, scale, moment, norms, scratch,
-                                           queue);
+  } else if (has_single_position(shape)) {
+    if (norms != nullptr) {
+      ghost_norms_cuda(shape, output_grad, input, scale, norms, scratch, device, stream);
+    }
+    if (moment == nullptr) return;
+    const Squares squares = make_squares(shape, output_grad, input, scratch, queue);
+    double* const no_norms = nullptr;
+    square_any_tiles(squares.shape, squares.output_grad, squares.input, true, scale, moment,
+                     no_norms, scratch, queue);
   } else {
-    square_tiles<typename Tiles<T>::Small>(shape, output_grad, input, scale, moment, norms, scratch,
-                                           queue);
+    square_any_tiles(shape, output_grad, input, false, scale, moment, norms, scratch, queue);
   }
 }
 

@@ -187,7 +187,7 @@ Operands<T> make_operands(const WeightGradShape& shape, const T* output_grad, co
           allocate<int32_t>(scratch, inputs)};
   fill(tables, 4, queue);
   const int64_t positions = shape.images * shape.positions();
-  if (std::max({positions, inputs * kUnit, e.padded}) > INT32_MAX) {
+  if (std::max({positions, inputs * kUnit, e.padded}) >= -int64_t{kOutside}) {
     throw std::runtime_error("CUDA: a sample has too many positions or columns");
   }
   return {{e.data, shape.images * e.strides[0], e.group, t[0].offsets, t[2].offsets,

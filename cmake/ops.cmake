@@ -70,7 +70,13 @@ if(CMAKE_CUDA_COMPILER)
     csrc/distortion/distortion_table.cu
     csrc/quantize/fake_quantize_prune.cu)
   set_source_files_properties(${CUDA_EXACT} PROPERTIES COMPILE_OPTIONS -fmad=false)
-  target_sources(fitcompress_ops PRIVATE ${CUDA_EXACT} csrc/fisher/square_accumulate.cu)
+  target_sources(fitcompress_ops PRIVATE ${CUDA_EXACT}
+    csrc/fisher/ghost_norms.cu
+    csrc/fisher/operand.cu
+    csrc/fisher/partial_sums.cu
+    csrc/fisher/single_position.cu
+    csrc/fisher/square_accumulate.cu
+    csrc/fisher/square_few.cu)
   target_compile_definitions(fitcompress_ops PRIVATE FITCOMPRESS_WITH_CUDA)
   target_compile_options(fitcompress_ops PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror>)

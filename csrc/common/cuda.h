@@ -54,4 +54,21 @@ __device__ T block_sum(T value) {
   return total;
 }
 
+// The sum over a warp, in every lane, in a fixed order. All lanes call it.
+template <class T>
+__device__ T warp_sum(T value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The number of blocks of a grid.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks > INT32_MAX) throw std::runtime_error("CUDA: the tensors need too many blocks");
+  return static_cast<unsigned>(blocks);
+}
+
 }  // namespace fitcompress

@@ -1,6 +1,7 @@
 // Sums of squared per-sample weight gradients, from the gradients themselves.
 #pragma once
 
+#include "common/scratch.h"
 #include "fisher/weight_grad.h"
 
 namespace fitcompress {
@@ -11,5 +12,11 @@ namespace fitcompress {
 template <class Moment>
 void square_accumulate_cpu(const WeightGradShape& shape, const float* output_grad,
                            const float* input, double scale, Moment* moment, double* norms);
+
+// T is float, BFloat16 or Float16.
+template <class T, class Moment>
+void square_accumulate_cuda(const WeightGradShape& shape, const T* output_grad, const T* input,
+                            double scale, Moment* moment, double* norms, const Scratch& scratch,
+                            int device, void* stream);
 
 }  // namespace fitcompress

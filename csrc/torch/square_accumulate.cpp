@@ -28,9 +28,17 @@ void square_accumulate_(const std::optional<Tensor>& moment, const std::optional
   if (moment) sums.emplace(moment->contiguous());
   if (norms) totals.emplace(norms->contiguous());
   double* const to_norms = norms ? totals->data<double>() : nullptr;
-  const auto run = [&](auto* to) {
+  const auto on_cpu = [&](auto* to) {
     const WidenedPair pair(shape, output_grad, input);
     square_accumulate_cpu(pair.shape, pair.output_grad, pair.input, scale, to, to_norms);
+  };
+  const auto run = [&](auto* to) {
+    FITCOMPRESS_DISPATCH(
+        input, on_cpu(to), dispatch_float(kOp, "input", input.dtype(), [&](auto element) {
+          using T = decltype(element);
+          square_accumulate_cuda(shape, output_grad.data<T>(), input.data<T>(), scale, to, to_norms,
+                                 ScratchOn(input), input.device_index(), current_stream(input));
+        }));
   };
   if (moment && sums->dtype() == Dtype::kFloat32) {
     run(sums->data<float>());

@@ -70,8 +70,8 @@ struct Matrix {
 };
 
 // What one thread works with.
-struct Scratch {
-  explicit Scratch(const Problem& problem)
+struct Workspace {
+  explicit Workspace(const Problem& problem)
       : outputs(problem.plan.block, problem.plan.length, problem.shape.grad_strides[4]),
         inputs(problem.reach(), problem.reach(), input_step(problem.shape)),
         all(problem.reach(), input_step(problem.shape)) {
@@ -130,7 +130,7 @@ Task task_of(const Problem& problem, int64_t index) {
 // their block, up to `length` and a vector of zeros.
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_lists(const Task& task, GramOperand operand, int64_t features,
-                                       int64_t length, const Scratch& scratch, Matrix* matrix) {
+                                       int64_t length, const Workspace& scratch, Matrix* matrix) {
   const Places& rows = matrix->lists[0];
   const Places& columns = matrix->lists[task.diagonal ? 0 : 1];
   GramOperand other = operand;
@@ -145,7 +145,7 @@ FITCOMPRESS_INLINE void multiply_lists(const Task& task, GramOperand operand, in
 
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_outputs(const Problem& problem, const Task& task,
-                                         Scratch* scratch) {
+                                         Workspace* scratch) {
   const WeightGradShape& shape = problem.shape;
   const auto& stride = shape.grad_strides;
   Matrix& matrix = scratch->outputs;
@@ -166,7 +166,7 @@ FITCOMPRESS_INLINE void multiply_outputs(const Problem& problem, const Task& tas
 
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_inputs(const Problem& problem, const Task& task,
-                                        const GhostPart& part, Scratch* scratch) {
+                                        const GhostPart& part, Workspace* scratch) {
   const WeightGradShape& shape = problem.shape;
   const auto& stride = shape.input_strides;
   Matrix& matrix = scratch->inputs;
@@ -217,7 +217,7 @@ FITCOMPRESS_INLINE void contract_row(const float* outputs, const float* const* i
 // Adds the products of both matrices over all pairs of positions and offsets of a part.
 template <int Lanes>
 FITCOMPRESS_INLINE void contract(const Problem& problem, const Task& task, const GhostPart& part,
-                                 Scratch* scratch, double* total) {
+                                 Workspace* scratch, double* total) {
   const Matrix& outputs = scratch->outputs;
   const Matrix& inputs = scratch->inputs;
   const Places& positions = outputs.lists[0];
@@ -242,7 +242,7 @@ FITCOMPRESS_INLINE void contract(const Problem& problem, const Task& task, const
 
 // Half of what a pair of blocks adds to ‖G_b‖².
 template <int Lanes>
-FITCOMPRESS_INLINE double half_norm(const Problem& problem, const Task& task, Scratch* scratch) {
+FITCOMPRESS_INLINE double half_norm(const Problem& problem, const Task& task, Workspace* scratch) {
   multiply_outputs<Lanes>(problem, task, scratch);
   double total[Lanes] = {};
   for (const GhostPart& part : problem.plan.parts) {
@@ -272,7 +272,7 @@ void ghost_norms_cpu(const WeightGradShape& shape, const float* output_grad, con
   std::atomic<int64_t> next{0};  // each thread takes one task after the other
   parallel_for(tasks, 1, [&](int64_t, int64_t) {
     try {
-      Scratch scratch(problem);
+      Workspace scratch(problem);
       dispatch_isa([&](auto lanes) __attribute__((always_inline)) {
         for (int64_t task = next++; task < tasks; task = next++) {
           halves[static_cast<size_t>(task)] =

@@ -47,7 +47,7 @@ FITCOMPRESS_INLINE void reorder(const float* from, int64_t inner, float* to) {
 template <int Lanes, class Moment>
 FITCOMPRESS_INLINE void add_block(const Plan& plan, const Task& task, const float* totals,
                                   int64_t count, int64_t stride, double scale, Moment* moment,
-                                  const Scratch& scratch) {
+                                  const Workspace& scratch) {
   const int64_t inner = plan.inner;
   float* const ordered = scratch.ordered.get();
   double* const sum = scratch.sum.get();
@@ -76,7 +76,7 @@ FITCOMPRESS_INLINE void add_block(const Plan& plan, const Task& task, const floa
 
 // add_block for a type of moment; empty if moment is not wanted.
 using AddBlock = std::function<void(const Task&, const float* totals, int64_t count, int64_t stride,
-                                    const Scratch&)>;
+                                    const Workspace&)>;
 
 // Whoever is free takes the next task. Who is the last to finish a chunk of a block adds the block
 // to moment, all chunks in their order.
@@ -89,7 +89,7 @@ void square_wave(const Plan& plan, const Operands& data, int64_t begin, const Ad
   std::atomic<int64_t> next{0};
   parallel_for(tasks, 1, [&](int64_t, int64_t) {
     try {
-      const Scratch scratch(plan, add && partial == nullptr);
+      const Workspace scratch(plan, add && partial == nullptr);
       for (int64_t index = next++; index < tasks; index = next++) {
         const Task task = plan.task(index, begin);
         float* totals = nullptr;
@@ -126,7 +126,7 @@ void square_accumulate_cpu(const WeightGradShape& shape, const float* output_gra
   AddBlock add;
   if (moment != nullptr) {
     add = [&](const Task& task, const float* totals, int64_t count, int64_t stride,
-              const Scratch& scratch) {
+              const Workspace& scratch) {
       dispatch_isa([&](auto lanes) __attribute__((always_inline)) {
         add_block<lanes>(plan, task, totals, count, stride, scale, moment, scratch);
       });

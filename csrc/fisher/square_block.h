@@ -23,8 +23,8 @@ struct Operands {
 };
 
 // Work space of one thread.
-struct Scratch {
-  explicit Scratch(const Plan& plan, bool with_totals)
+struct Workspace {
+  explicit Workspace(const Plan& plan, bool with_totals)
       : input(make_buffer<float>(plan.round * plan.input_size)),
         grad(make_buffer<float>(plan.round * plan.grad_size)),
         stage(make_buffer<float>(plan.stage_size)),
@@ -83,7 +83,7 @@ FITCOMPRESS_INLINE int64_t find_offsets(const Plan& plan, const std::array<int64
 
 // Where each vector lies in the packed input, from where its position does.
 FITCOMPRESS_INLINE void find_inputs(const Plan& plan, const Segment& segment,
-                                    const Scratch& scratch) {
+                                    const Workspace& scratch) {
   find_windows(plan, segment, scratch.window.get());
   int64_t* const offset = scratch.offset.get();
   if (plan.side == Side::kUnfolded) {
@@ -159,7 +159,7 @@ FITCOMPRESS_INLINE void pack_channels(const Plan& plan, const Task& task, const 
 template <int Lanes>
 FITCOMPRESS_INLINE void pack_samples(const Plan& plan, const Operands& data, const Task& task,
                                      const Segment& segment, int64_t first, int64_t count,
-                                     const Scratch& scratch) {
+                                     const Workspace& scratch) {
   const auto& s = plan.shape;
   const auto size = plan.extent(segment.size);
   const int64_t volume = size[0] * size[1] * size[2];
@@ -224,7 +224,7 @@ FITCOMPRESS_INLINE void fetch(const Plan& plan, const Operands& data, const Task
 
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply(const Plan& plan, const Operands& data, const Task& task,
-                                 const Packed& packed, const Sums& sums, const Scratch& scratch) {
+                                 const Packed& packed, const Sums& sums, const Workspace& scratch) {
   constexpr int kRows = kTileRows<Lanes>, kVectors = kTileVectors<Lanes>;
   const int64_t vectors = ceil_div(task.lanes, Lanes) * plan.inner;
   for (int64_t v = 0, now; v < vectors; v += now) {
@@ -251,7 +251,7 @@ FITCOMPRESS_INLINE void multiply(const Plan& plan, const Operands& data, const T
 // The same with groups side by side.
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_groups(const Plan& plan, Packed packed, const Sums& sums,
-                                        const Scratch& scratch) {
+                                        const Workspace& scratch) {
   const int64_t kernel = plan.shape.kernel_volume(), channels = plan.shape.channels;
   const float* const input = packed.input;
   int64_t v = 0;
@@ -286,7 +286,7 @@ FITCOMPRESS_INLINE void multiply_groups(const Plan& plan, Packed packed, const S
 // Squares of the samples of one task: totals[row][vector][lane], and norms[sample].
 template <int Lanes>
 FITCOMPRESS_INLINE void square(const Plan& plan, const Operands& data, const Task& task,
-                               const Scratch& scratch, float* totals, double* norms) {
+                               const Workspace& scratch, float* totals, double* norms) {
   const int64_t rows = round_up(task.rows, plan.side == Side::kGroups ? 1 : kTileRows<Lanes>);
   if (totals != nullptr) {
     std::memset(totals, 0, static_cast<size_t>(rows * plan.row_stride) * sizeof(float));

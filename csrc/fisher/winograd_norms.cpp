@@ -37,55 +37,92 @@ struct WinogradScratch {
   Buffer<float> stage, inputs, grads, products;
 };
 
-// Transforms the tiles of one panel of lanes, a box of `height` × `width` places packed without
-// gaps. What a tile lacks at the lower and right border is zero.
-template <int Lanes, int Size>
-FITCOMPRESS_INLINE void transform_panel(const float* stage, int64_t height, int64_t width,
-                                        const WinogradSegment& segment, float* to, int64_t stride) {
-  const int64_t pitch = width * Lanes;
-  alignas(64) float edge[Size * Size * Lanes];
-  for (int64_t i = 0; i < segment.size[0]; ++i)
-    for (int64_t j = 0; j < segment.size[1]; ++j, to += Lanes) {
-      const float* const tile = stage + i * kTile * pitch + j * kTile * Lanes;
-      const int64_t tall = height - i * kTile, wide = width - j * kTile;
-      if (tall >= Size && wide >= Size) {
-        transform_tile<Lanes, Size>(tile, pitch, to, stride);
-        continue;
-      }
-      std::memset(edge, 0, sizeof(edge));
-      for (int64_t h = 0; h < std::min<int64_t>(Size, tall); ++h) {
-        const int64_t count = std::min<int64_t>(Size, wide) * Lanes;
-        std::memcpy(edge + h * Size * Lanes, tile + h * pitch,
-                    static_cast<size_t>(count) * sizeof(float));
-      }
-      transform_tile<Lanes, Size>(edge, Size * Lanes, to, stride);
+// What will be packed next, some lanes of `length` floats: to be fetched while there is time.
+struct Ahead {
+  const float* data;
+  int64_t lane_stride, lanes, length;
+  int64_t lane = 0, at = 0;
+
+  int64_t lines() const { return lanes * ceil_div(length, kLine); }
+
+  FITCOMPRESS_INLINE void fetch(int64_t count) {
+    for (; count > 0 && lane < lanes; --count) {
+      __builtin_prefetch(data + lane * lane_stride + at);
+      at += kLine;
+      if (at >= length) at = 0, ++lane;
     }
+  }
+
+  static constexpr int64_t kLine = 16;
+};
+
+// Transforms a row of tiles of one panel of lanes, `tall` × `wide` places packed without gaps. What
+// a tile lacks at the lower and right border is zero.
+template <int Lanes, int Size>
+FITCOMPRESS_INLINE void transform_row(const float* stage, int64_t tall, int64_t wide, int64_t tiles,
+                                      Ahead ahead, float* to, int64_t stride) {
+  const int64_t pitch = wide * Lanes, lines = ceil_div(ahead.lines(), tiles);
+  for (int64_t j = 0; j < tiles; ++j, stage += kTile * Lanes, wide -= kTile, to += Lanes) {
+    ahead.fetch(lines);
+    if (tall >= Size && wide >= Size) {
+      transform_tile<Lanes, Size>(stage, pitch, to, stride);
+      continue;
+    }
+    alignas(64) float edge[Size * Size * Lanes] = {};
+    const int64_t count = std::min<int64_t>(Size, wide) * Lanes;
+    for (int64_t h = 0; h < std::min<int64_t>(Size, tall); ++h) {
+      std::memcpy(edge + h * Size * Lanes, stage + h * pitch,
+                  static_cast<size_t>(count) * sizeof(float));
+    }
+    transform_tile<Lanes, Size>(edge, Size * Lanes, to, stride);
+  }
 }
 
 // Transforms `lanes` channels of a tensor, panel after panel; Size tells which of the two it is.
+// Packs one row of tiles at a time, each value once.
 template <int Lanes, int Size>
 FITCOMPRESS_INLINE void transform(const WinogradPlan& plan, const WinogradSegment& segment,
                                   const float* data, const std::array<int64_t, 5>& strides,
                                   int64_t lanes, float* stage, float* to, int64_t stride) {
-  Source box{};
-  box.lane_stride = strides[1];
-  box.size[0] = 1;
+  constexpr int64_t kShared = Size - kTile;  // with the next tile
+  int64_t sizes[2];
   for (size_t i = 0; i < 2; ++i) {
     const int64_t first = segment.first[i] * kTile;
-    const int64_t places = std::min(segment.size[i] * kTile, plan.shape.places[i + 1] - first);
-    box.size[i + 1] = places + Size - kTile;
-    box.stride[i + 1] = strides[i + 3];
+    sizes[i] = std::min(segment.size[i] * kTile, plan.shape.places[i + 1] - first) + kShared;
     data += first * strides[i + 3];
   }
+  const int64_t tiles = segment.size[1], pitch = sizes[1] * Lanes;
+  const bool fetch = strides[4] == 1;
   for (int64_t first = 0; first < lanes; first += Lanes, to += plan.panel) {
-    box.data = data + first * strides[1];
-    box.lanes = std::min<int64_t>(Lanes, lanes - first);
-    pack<Lanes>(box, stage, 0);
-    transform_panel<Lanes, Size>(stage, box.size[1], box.size[2], segment, to, stride);
+    const float* const panel = data + first * strides[1];
+    Source box{panel,
+               std::min<int64_t>(Lanes, lanes - first),
+               strides[1],
+               {1, 0, sizes[1]},
+               {0, strides[3], strides[4]}};
+    int64_t packed = 0;
+    for (int64_t i = 0; i < segment.size[0]; ++i) {
+      const int64_t begin = i * kTile, end = std::min(begin + Size, sizes[0]);
+      if (i > 0) {
+        std::memcpy(stage, stage + kTile * pitch,
+                    static_cast<size_t>(kShared * pitch) * sizeof(float));
+      }
+      box.data = panel + packed * strides[3];
+      box.size[1] = end - packed;
+      pack<Lanes>(box, stage + (packed - begin) * pitch, 0);
+      packed = end;
+      const bool last = i + 1 == segment.size[0];
+      const int64_t next = last ? first + Lanes : first;
+      Ahead ahead{data + next * strides[1] + (last ? 0 : packed * strides[3]), strides[1],
+                  fetch ? std::min<int64_t>(Lanes, lanes - next) : 0,
+                  (last ? Size : std::min<int64_t>(kTile, sizes[0] - packed)) * strides[3]};
+      transform_row<Lanes, Size>(stage, end - begin, sizes[1], tiles, ahead, to + i * tiles * Lanes,
+                                 stride);
+    }
   }
 }
 
-// The 36 products of a block, its first panel of inputs and first row of gradients given.
+// The 36 products of a block with `vectors` of inputs and `rows` of gradients.
 template <int Lanes>
 FITCOMPRESS_INLINE void multiply_block(const WinogradPlan& plan, const float* inputs,
                                        int64_t vectors, const float* grads, int64_t rows,
@@ -98,14 +135,14 @@ FITCOMPRESS_INLINE void multiply_block(const WinogradPlan& plan, const float* in
       for (int64_t r = 0; r < rows; r += kGramRows<Lanes>) {
         constexpr int kRows = kGramRows<Lanes>;
         const float* const e = grads + r / Lanes * plan.panel + r % Lanes;
-        float* const to = products + r * plan.row_stride + v * Lanes;
+        float* const to = products + r * plan.columns + v * Lanes;
         if (now == 3) {
           multiply_tile<Lanes, kRows, kGramVectors<Lanes>>(e, x, plan.panel, tiles, add, to,
-                                                           plan.row_stride);
+                                                           plan.columns);
         } else if (now == 2) {
-          multiply_tile<Lanes, kRows, 2>(e, x, plan.panel, tiles, add, to, plan.row_stride);
+          multiply_tile<Lanes, kRows, 2>(e, x, plan.panel, tiles, add, to, plan.columns);
         } else {
-          multiply_tile<Lanes, kRows, 1>(e, x, plan.panel, tiles, add, to, plan.row_stride);
+          multiply_tile<Lanes, kRows, 1>(e, x, plan.panel, tiles, add, to, plan.columns);
         }
       }
     }
@@ -123,7 +160,7 @@ FITCOMPRESS_INLINE double square_block(const WinogradPlan& plan, const float* pr
   for (int64_t c = 0; c < channels; c += Lanes) {
     typename VectorOf<Lanes>::Type sum = {};
     for (int64_t r = 0; r < rows; ++r) {
-      add_squares<Lanes>(products + r * plan.row_stride + c, plan.product_stride, &sum);
+      add_squares<Lanes>(products + r * plan.columns + c, plan.product_stride, &sum);
     }
     for (int64_t l = 0; l < std::min<int64_t>(Lanes, channels - c); ++l) total[l] += sum[l];
   }
@@ -145,24 +182,22 @@ FITCOMPRESS_INLINE double norm_of_task(const WinogradPlan& plan, const float* ou
   for (int64_t i = 0; i < plan.segments; ++i) {
     const WinogradSegment segment = plan.segment(i);
     const int64_t image = first_image + segment.image;
-    transform<Lanes, kWindow>(plan, segment, input + image * s.input_strides[0], s.input_strides,
-                              s.channels, scratch.stage.get(), scratch.inputs.get(),
-                              plan.input_stride);
-    transform<Lanes, kTile>(
-        plan, segment, output_grad + image * s.grad_strides[0] + first_output * s.grad_strides[1],
-        s.grad_strides, outputs, scratch.stage.get(), scratch.grads.get(), plan.grad_stride);
+    const float* const grads =
+        output_grad + image * s.grad_strides[0] + first_output * s.grad_strides[1];
+    transform<Lanes, kTile>(plan, segment, grads, s.grad_strides, outputs, scratch.stage.get(),
+                            scratch.grads.get(), plan.grad_stride);
     float* products = scratch.products.get();
-    for (int64_t r = 0; r < outputs; r += plan.rows) {
-      const int64_t rows = std::min(plan.rows, outputs - r);
-      for (int64_t v = 0; v < plan.input_panels; v += plan.vectors) {
-        const int64_t vectors = std::min(plan.vectors, plan.input_panels - v);
-        multiply_block<Lanes>(plan, scratch.inputs.get() + v * plan.panel, vectors,
+    for (int64_t c = 0; c < s.channels; c += plan.columns) {
+      const int64_t columns = std::min(plan.columns, s.channels - c);
+      transform<Lanes, kWindow>(
+          plan, segment, input + image * s.input_strides[0] + c * s.input_strides[1],
+          s.input_strides, columns, scratch.stage.get(), scratch.inputs.get(), plan.input_stride);
+      for (int64_t r = 0; r < outputs; r += plan.rows) {
+        const int64_t rows = std::min(plan.rows, outputs - r);
+        multiply_block<Lanes>(plan, scratch.inputs.get(), ceil_div(columns, Lanes),
                               scratch.grads.get() + r / Lanes * plan.panel, rows, segment.tiles(),
                               i > 0, products);
-        if (i + 1 == plan.segments) {
-          norm += square_block<Lanes>(plan, products, rows,
-                                      std::min(vectors * Lanes, s.channels - v * Lanes));
-        }
+        if (i + 1 == plan.segments) norm += square_block<Lanes>(plan, products, rows, columns);
         if (plan.kept_blocks > 1) products += plan.block_size;
       }
     }

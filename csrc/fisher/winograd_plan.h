@@ -40,22 +40,17 @@ struct WinogradPlan {
     output_splits = ceil_div(shape.outputs, outputs);
     tasks = shape.samples * output_splits;
 
-    input_panels = ceil_div(shape.channels, width);
-    grad_panels = ceil_div(outputs, width);
-    // Odd numbers of vectors: panels begin in different cache sets.
-    panel = (box[0] * box[1] | 1) * width;
-    input_stride = (input_panels | 1) * panel;
-    grad_stride = (grad_panels | 1) * panel;
-    stage = (box[0] * kTile + 2) * (box[1] * kTile + 2) * width;
-
     rows = std::min(kRows, round_up(outputs, width));
-    vectors = ceil_div(even_block(shape.channels, kColumns, width), width);
-    row_stride = vectors * width;
-    product_stride = (rows * vectors | 1) * width;
-    row_blocks = ceil_div(outputs, rows);
-    column_blocks = ceil_div(input_panels, vectors);
+    columns = even_block(shape.channels, kColumns, width);
+
+    // Odd numbers of vectors: what is used together lies in different cache sets.
+    panel = (box[0] * box[1] | 1) * width;
+    input_stride = (columns / width | 1) * panel;
+    grad_stride = (ceil_div(outputs, width) | 1) * panel;
+    product_stride = (rows * columns / width | 1) * width;
     block_size = kPoints * product_stride;
-    kept_blocks = segments > 1 ? row_blocks * column_blocks : 1;
+    kept_blocks = segments > 1 ? ceil_div(outputs, rows) * ceil_div(shape.channels, columns) : 1;
+    stage = kWindow * (box[1] * kTile + 2) * width;
   }
 
   WinogradSegment segment(int64_t index) const {
@@ -84,12 +79,11 @@ struct WinogradPlan {
   int64_t width;  // lanes of a vector
   int64_t cuts[2], box[2], segments;
   int64_t outputs, output_splits, tasks;
-  // Of the transforms [36][panels][tiles][width]:
-  int64_t input_panels, grad_panels, panel, input_stride, grad_stride;
-  int64_t stage;  // floats of a packed box
-  // Of the products [36][rows][vectors][width]:
-  int64_t rows, vectors, row_stride, product_stride;
-  int64_t row_blocks, column_blocks, block_size, kept_blocks;
+  int64_t rows, columns;                     // of a block
+  int64_t panel, input_stride, grad_stride;  // of the transforms [36][panels][tiles][width]
+  int64_t product_stride;                    // of the products [36][rows][columns]
+  int64_t block_size, kept_blocks;           // of all products
+  int64_t stage;                             // floats of a packed row of tiles
 };
 
 }  // namespace fitcompress

@@ -20,76 +20,82 @@ constexpr int kTile = 4, kWindow = 6;             // gradients and inputs of a t
 constexpr int kPoints = kWindow * kWindow;        // products of a tile
 constexpr double kNormScale = 1.0 / (576 * 576);  // of squares of A's values in two dimensions
 
-// D x
-template <class Vector>
-FITCOMPRESS_INLINE void input_points(const Vector (&x)[kWindow], Vector (&to)[kWindow]) {
-  const Vector even1 = x[4] - 4.0f * x[2], odd1 = x[3] - 4.0f * x[1];
-  const Vector even2 = x[4] - x[2], odd2 = x[3] - x[1];
-  to[0] = 4.0f * x[0] + (x[4] - 5.0f * x[2]);
-  to[1] = even1 + odd1;
-  to[2] = even1 - odd1;
-  to[3] = even2 + 2.0f * odd2;
-  to[4] = even2 - 2.0f * odd2;
-  to[5] = 4.0f * x[1] + (x[5] - 5.0f * x[3]);
+// Points come in pairs: 0 and ∞, ±1, ±2.
+
+// Two of D x, or, for four values, of C x.
+template <int Pair, class Vector>
+FITCOMPRESS_INLINE void points(const Vector (&x)[kWindow], Vector* first, Vector* second) {
+  if constexpr (Pair == 0) {
+    *first = 4.0f * x[0] + (x[4] - 5.0f * x[2]);
+    *second = 4.0f * x[1] + (x[5] - 5.0f * x[3]);
+  } else {
+    const Vector even = Pair == 1 ? x[4] - 4.0f * x[2] : x[4] - x[2];
+    const Vector odd = Pair == 1 ? x[3] - 4.0f * x[1] : 2.0f * (x[3] - x[1]);
+    *first = even + odd;
+    *second = even - odd;
+  }
 }
 
-// C e
-template <class Vector>
-FITCOMPRESS_INLINE void grad_points(const Vector (&e)[kTile], Vector (&to)[kWindow]) {
-  const Vector even1 = e[0] + e[2], odd1 = e[1] + e[3];
-  const Vector even2 = e[0] + 4.0f * e[2], odd2 = e[1] + 4.0f * e[3];
-  to[0] = e[0];
-  to[1] = even1 + odd1;
-  to[2] = even1 - odd1;
-  to[3] = even2 + 2.0f * odd2;
-  to[4] = even2 - 2.0f * odd2;
-  to[5] = e[3];
+template <int Pair, class Vector>
+FITCOMPRESS_INLINE void points(const Vector (&e)[kTile], Vector* first, Vector* second) {
+  if constexpr (Pair == 0) {
+    *first = e[0];
+    *second = e[3];
+  } else {
+    const Vector even = Pair == 1 ? e[0] + e[2] : e[0] + 4.0f * e[2];
+    const Vector odd = Pair == 1 ? e[1] + e[3] : 2.0f * e[1] + 8.0f * e[3];
+    *first = even + odd;
+    *second = even - odd;
+  }
 }
 
 // A m
 template <class Vector>
 FITCOMPRESS_INLINE void values_of_points(const Vector (&m)[kWindow], Vector (&to)[3]) {
-  const Vector even1 = 4.0f * (m[1] + m[2]), odd1 = m[1] - m[2];
-  const Vector even2 = m[3] + m[4], odd2 = m[3] - m[4];
+  const Vector even1 = 4.0f * (m[2] + m[3]), odd1 = m[2] - m[3];
+  const Vector even2 = m[4] + m[5], odd2 = m[4] - m[5];
   to[0] = 6.0f * m[0] + (even2 - even1);
   to[1] = 2.0f * odd2 - 4.0f * odd1;
-  to[2] = 24.0f * m[5] + (4.0f * even2 - even1);
+  to[2] = 24.0f * m[1] + (4.0f * even2 - even1);
 }
 
-// Both transforms: Size × Size vectors, rows `pitch` floats apart, to 36 vectors `stride` apart.
-template <int Lanes, int Size>
-FITCOMPRESS_INLINE void transform_tile(const float* from, int64_t pitch, float* to,
+// All points of a row, to vectors `stride` floats apart.
+template <class Vector, int Size>
+FITCOMPRESS_INLINE void store_points(const Vector (&row)[Size], float* to, int64_t stride) {
+  Vector result[kWindow];
+  points<0>(row, &result[0], &result[1]);
+  points<1>(row, &result[2], &result[3]);
+  points<2>(row, &result[4], &result[5]);
+#pragma GCC unroll 6
+  for (int w = 0; w < kWindow; ++w) *reinterpret_cast<Vector*>(to + w * stride) = result[w];
+}
+
+// Both transforms of one pair of points along the height: few enough values for the registers.
+template <int Lanes, int Size, int Pair>
+FITCOMPRESS_INLINE void transform_pair(const float* from, int64_t pitch, float* to,
                                        int64_t stride) {
   using Vector = typename VectorOf<Lanes>::Type;
-  Vector half[kWindow][Size];
-  const auto points = [](const Vector(&x)[Size], Vector(&y)[kWindow])
-                          __attribute__((always_inline)) {
-                            if constexpr (Size == kWindow) {
-                              input_points(x, y);
-                            } else {
-                              grad_points(x, y);
-                            }
-                          };
+  Vector first[Size], second[Size];
 #pragma GCC unroll 6
   for (int w = 0; w < Size; ++w) {
-    Vector column[Size], result[kWindow];
+    Vector column[Size];
 #pragma GCC unroll 6
     for (int h = 0; h < Size; ++h) {
       column[h] = *reinterpret_cast<const Vector*>(from + h * pitch + w * Lanes);
     }
-    points(column, result);
-#pragma GCC unroll 6
-    for (int h = 0; h < kWindow; ++h) half[h][w] = result[h];
+    points<Pair>(column, &first[w], &second[w]);
   }
-#pragma GCC unroll 6
-  for (int h = 0; h < kWindow; ++h) {
-    Vector result[kWindow];
-    points(half[h], result);
-#pragma GCC unroll 6
-    for (int w = 0; w < kWindow; ++w) {
-      *reinterpret_cast<Vector*>(to + (h * kWindow + w) * stride) = result[w];
-    }
-  }
+  store_points(first, to + 2 * Pair * kWindow * stride, stride);
+  store_points(second, to + (2 * Pair + 1) * kWindow * stride, stride);
+}
+
+// Size × Size vectors, rows `pitch` floats apart, to 36 vectors `stride` apart.
+template <int Lanes, int Size>
+FITCOMPRESS_INLINE void transform_tile(const float* from, int64_t pitch, float* to,
+                                       int64_t stride) {
+  transform_pair<Lanes, Size, 0>(from, pitch, to, stride);
+  transform_pair<Lanes, Size, 1>(from, pitch, to, stride);
+  transform_pair<Lanes, Size, 2>(from, pitch, to, stride);
 }
 
 // *sum += Σ (A m Aᵀ)² over the nine values, for 36 vectors of sums of products, `stride` floats

@@ -5,8 +5,9 @@
 // tensors, multiplies, for each of the 36 points, outputs × tiles with tiles × channels, and
 // transforms the products back, nine values of G_b for each output and channel, which it squares.
 // Products are summed in float32, squares too over at most 32 outputs, then in float64.
-// Bound: 36 · tiles · O · C multiply-adds of a sample, a quarter of those of the direct form; the
-// transforms cost as much as about 1100 (O + C) of a tile, and 1400 O · C of a sample.
+// Bound: 36 · tiles · O · C multiply-adds of a sample at the rate of a matrix product, a quarter of
+// those of the direct form. The transforms take the time of about 400 multiply-adds for each tile
+// and channel or output, and of 150 for each output and channel.
 
 #include "fisher/winograd_norms.h"
 
@@ -37,33 +38,13 @@ struct WinogradScratch {
   Buffer<float> stage, inputs, grads, products;
 };
 
-// What will be packed next, some lanes of `length` floats: to be fetched while there is time.
-struct Ahead {
-  const float* data;
-  int64_t lane_stride, lanes, length;
-  int64_t lane = 0, at = 0;
-
-  int64_t lines() const { return lanes * ceil_div(length, kLine); }
-
-  FITCOMPRESS_INLINE void fetch(int64_t count) {
-    for (; count > 0 && lane < lanes; --count) {
-      __builtin_prefetch(data + lane * lane_stride + at);
-      at += kLine;
-      if (at >= length) at = 0, ++lane;
-    }
-  }
-
-  static constexpr int64_t kLine = 16;
-};
-
 // Transforms a row of tiles of one panel of lanes, `tall` × `wide` places packed without gaps. What
 // a tile lacks at the lower and right border is zero.
 template <int Lanes, int Size>
 FITCOMPRESS_INLINE void transform_row(const float* stage, int64_t tall, int64_t wide, int64_t tiles,
-                                      Ahead ahead, float* to, int64_t stride) {
-  const int64_t pitch = wide * Lanes, lines = ceil_div(ahead.lines(), tiles);
+                                      float* to, int64_t stride) {
+  const int64_t pitch = wide * Lanes;
   for (int64_t j = 0; j < tiles; ++j, stage += kTile * Lanes, wide -= kTile, to += Lanes) {
-    ahead.fetch(lines);
     if (tall >= Size && wide >= Size) {
       transform_tile<Lanes, Size>(stage, pitch, to, stride);
       continue;
@@ -92,7 +73,6 @@ FITCOMPRESS_INLINE void transform(const WinogradPlan& plan, const WinogradSegmen
     data += first * strides[i + 3];
   }
   const int64_t tiles = segment.size[1], pitch = sizes[1] * Lanes;
-  const bool fetch = strides[4] == 1;
   for (int64_t first = 0; first < lanes; first += Lanes, to += plan.panel) {
     const float* const panel = data + first * strides[1];
     Source box{panel,
@@ -111,12 +91,7 @@ FITCOMPRESS_INLINE void transform(const WinogradPlan& plan, const WinogradSegmen
       box.size[1] = end - packed;
       pack<Lanes>(box, stage + (packed - begin) * pitch, 0);
       packed = end;
-      const bool last = i + 1 == segment.size[0];
-      const int64_t next = last ? first + Lanes : first;
-      Ahead ahead{data + next * strides[1] + (last ? 0 : packed * strides[3]), strides[1],
-                  fetch ? std::min<int64_t>(Lanes, lanes - next) : 0,
-                  (last ? Size : std::min<int64_t>(kTile, sizes[0] - packed)) * strides[3]};
-      transform_row<Lanes, Size>(stage, end - begin, sizes[1], tiles, ahead, to + i * tiles * Lanes,
+      transform_row<Lanes, Size>(stage, end - begin, sizes[1], tiles, to + i * tiles * Lanes,
                                  stride);
     }
   }

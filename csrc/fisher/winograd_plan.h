@@ -72,7 +72,7 @@ struct WinogradPlan {
   static constexpr int64_t kTiles = 72;                // of a segment, at most
   static constexpr int64_t kOutputs = 256;             // of a task, at most
   static constexpr int64_t kFewOutputs = 64;           // not worth splitting
-  static constexpr int64_t kTasks = 32;                // wanted
+  static constexpr int64_t kTasks = 16;                // wanted
   static constexpr int64_t kRows = 32, kColumns = 64;  // outputs and channels of a block
 
   const WeightGradShape& shape;

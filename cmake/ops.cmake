@@ -15,6 +15,7 @@ add_library(fitcompress_ops MODULE
   csrc/fisher/ghost_norms.cpp
   csrc/fisher/ghost_plan.cpp
   csrc/fisher/square_accumulate.cpp
+  csrc/fisher/winograd_norms.cpp
   csrc/quantize/fake_quantize_prune.cpp
   csrc/torch/distortion_table.cpp
   csrc/torch/error_feedback_sweep.cpp
@@ -25,14 +26,15 @@ add_library(fitcompress_ops MODULE
   csrc/torch/parallel.cpp
   csrc/torch/square_accumulate.cpp
   csrc/torch/tensor.cpp
-  csrc/torch/weight_grad.cpp)
+  csrc/torch/weight_grad.cpp
+  csrc/torch/winograd_norms.cpp)
 set_target_properties(fitcompress_ops PROPERTIES
   OUTPUT_NAME _ops PREFIX "" SUFFIX ".so" BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "")
 # No fused multiply-add unless a file asks for it: results are to have the same bits on every
 # instruction set.
 target_compile_options(fitcompress_ops PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
 set_source_files_properties(csrc/compensate/input_moments.cpp csrc/fisher/ghost_norms.cpp
-  csrc/fisher/square_accumulate.cpp
+  csrc/fisher/square_accumulate.cpp csrc/fisher/winograd_norms.cpp
   PROPERTIES COMPILE_OPTIONS -ffp-contract=fast)
 # The stub must become a dependency although libtorch is loaded already, and nothing that it lacks
 # may stay undefined.

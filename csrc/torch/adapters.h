@@ -21,6 +21,11 @@ void ghost_norms_(const Tensor& norms, const Tensor& output_grad, const Tensor& 
                   const std::vector<int64_t>& dilation, int64_t groups, int64_t images,
                   double scale);
 
+void winograd_norms_(const Tensor& norms, const Tensor& output_grad, const Tensor& input,
+                     const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& dilation, int64_t groups, int64_t images,
+                     double scale);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distortion_table(
     const Tensor& weight, const std::optional<Tensor>& fisher, const Tensor& importance,
     const std::vector<int64_t>& bits, const std::vector<double>& steps,

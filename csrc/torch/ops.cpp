@@ -15,6 +15,8 @@ constexpr const char* kSchemas[] = {
     "()",
     "ghost_norms_(Tensor(a!) norms, Tensor output_grad, Tensor input, int[] kernel, int[] stride, "
     "int[] dilation, int groups=1, int images=1, float scale=1.0) -> ()",
+    "winograd_norms_(Tensor(a!) norms, Tensor output_grad, Tensor input, int[] kernel, int[] "
+    "stride, int[] dilation, int groups=1, int images=1, float scale=1.0) -> ()",
     "distortion_table(Tensor weight, Tensor? fisher, Tensor importance, int[] bits, float[] steps, "
     "float[] sparsities) -> (Tensor distortion, Tensor nnz, Tensor entropy_bits, Tensor "
     "grid_length, Tensor prune_length, Tensor norm)",
@@ -36,6 +38,7 @@ struct Kernel {
 constexpr Kernel kKernels[] = {
     {"square_accumulate_", boxed<square_accumulate_>},
     {"ghost_norms_", boxed<ghost_norms_>},
+    {"winograd_norms_", boxed<winograd_norms_>, true},
     {"distortion_table", boxed<distortion_table>},
     {"fake_quantize_prune", boxed<fake_quantize_prune>},
     {"fake_quantize_prune_backward", boxed<fake_quantize_prune_backward>},

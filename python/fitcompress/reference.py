@@ -64,6 +64,22 @@ def ghost_norms_(
     norms += scale * products.sum((1, 2, 3))
 
 
+def winograd_norms_(
+    norms: Tensor,
+    output_grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int] = (1, 3, 3),
+    stride: Sequence[int] = (1, 1, 1),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+    images: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """The norms of `ghost_norms_`: the forms differ in their cost only."""
+    shape = (kernel, stride, dilation, groups, images, scale)
+    ghost_norms_(norms, output_grad, input, *shape)
+
+
 def _windows(
     input: Tensor,
     kernel: Sequence[int],

@@ -8,6 +8,7 @@ form       ‖G‖²                                        multiply-adds of a s
 outer      ‖e‖² ‖a‖², one position only                I + O
 ghost      Σ_pq (E Eᵀ)_pq (A Aᵀ)_pq                    ½ P² (O + C), and more
 direct     Σ (Eᵀ A)², which the diagonal needs anyway  P I O
+winograd   the same, of a 3×3 kernel, by tiles of 4×4  ¼ P I O, and more
 rows       Σ over the entries of an embedding          P · columns
 =========  ==========================================  ==============================
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["accumulate", "accumulate_entries", "choose_form", "form_costs"]
 
+NORMS_ONLY = {"ghost": ops.ghost_norms_, "winograd": ops.winograd_norms_}
 SQUARE = 3  # squaring an element of the gradient, in multiply-adds
 
 
@@ -40,7 +42,23 @@ def form_costs(c: Contraction) -> dict[str, float]:
     costs = {"direct": float(products * (positions + SQUARE)), "ghost": _ghost_cost(c)}
     if positions == 1 and c.groups == 1:
         costs["outer"] = float(inputs + outputs)
+    if _is_plain_3x3(c):
+        tiles = c.images * -(-c.rows.shape[3] // 4) * -(-c.rows.shape[4] // 4)
+        products = 36 * tiles * outputs * c.channels
+        transforms = 364 * tiles * (outputs + c.channels) + 186 * outputs * c.channels
+        costs["winograd"] = 1.13 * products + transforms
     return costs
+
+
+def _is_plain_3x3(c: Contraction) -> bool:
+    """Whether :func:`ops.winograd_norms_` takes it."""
+    ones = (1, 1, 1)
+    return (
+        c.kernel == (1, 3, 3)
+        and c.stride == c.dilation == ones
+        and c.groups == c.rows.shape[2] == 1
+        and c.rows.device.type == "cpu"
+    )
 
 
 def _ghost_cost(c: Contraction) -> float:
@@ -93,8 +111,8 @@ def accumulate(
     form = choose_form(c)
     if form == "outer":
         _outer(c, squares, norms, scale)
-    elif form == "ghost" and squares is None:
-        ops.ghost_norms_(
+    elif form in NORMS_ONLY and squares is None:
+        NORMS_ONLY[form](
             norms,
             c.rows,
             c.columns,

@@ -43,7 +43,8 @@ class FisherMoments:
         loss: Σ_i ℓ_i, nats.
         batches: Batches consumed, for resuming.
         forms: Weight name → how its norms were computed in the last batch: ``outer``,
-            ``ghost``, ``direct`` or ``rows``, see :mod:`fitcompress.sensitivity.forms`.
+            ``ghost``, ``direct``, ``winograd`` or ``rows``, see
+            :mod:`fitcompress.sensitivity.forms`.
         unsupported: Weight name → why there are no moments of it.
     """
 

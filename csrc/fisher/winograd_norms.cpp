@@ -6,8 +6,8 @@
 // transforms the products back, nine values of G_b for each output and channel, which it squares.
 // Products are summed in float32, squares too over at most 32 outputs, then in float64.
 // Bound: 36 · tiles · O · C multiply-adds of a sample at the rate of a matrix product, a quarter of
-// those of the direct form. The transforms take the time of about 400 multiply-adds for each tile
-// and channel or output, and of 150 for each output and channel.
+// those of the direct form. Transforms and squares take the time of about 400 multiply-adds for
+// each tile and channel, 300 for each tile and output, and 200 for each output and channel.
 
 #include "fisher/winograd_norms.h"
 

@@ -18,11 +18,9 @@ namespace fitcompress {
 
 constexpr int kTile = 4, kWindow = 6;             // gradients and inputs of a tile, along a side
 constexpr int kPoints = kWindow * kWindow;        // products of a tile
-constexpr double kNormScale = 1.0 / (576 * 576);  // of squares of A's values in two dimensions
+constexpr double kNormScale = 1.0 / (576 * 576);  // of squares of such values in two dimensions
 
-// Points come in pairs: 0 and ∞, ±1, ±2.
-
-// Two of D x, or, for four values, of C x.
+// Points come in pairs: 0 and ∞, ±1, ±2. One pair of D x, or of C e.
 template <int Pair, class Vector>
 FITCOMPRESS_INLINE void points(const Vector (&x)[kWindow], Vector* first, Vector* second) {
   if constexpr (Pair == 0) {

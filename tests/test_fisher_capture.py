@@ -267,6 +267,39 @@ def test_in_place_activations_and_frozen_first_layers() -> None:
     assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
 
 
+class Experts(nn.Module):
+    """Each token goes to the expert that its first value chooses."""
+
+    def __init__(self, selecting: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.out, self.selecting = nn.Linear(4, 3), selecting
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, 4]
+        flat = self.inner(x).flatten(0, 1)
+        mixed = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            chosen = (x.flatten(0, 1)[:, 0] > 0) == bool(number)
+            if self.selecting == "list":
+                rows = torch.tensor([i for i, c in enumerate(chosen.tolist()) if c])
+            else:
+                rows = chosen.nonzero()[:, 0]
+            mixed = mixed.index_add(0, rows, expert(flat[rows]).tanh())
+        return self.out(mixed.view(x.shape).mean(1))
+
+
+@pytest.mark.parametrize("selecting", ["nonzero", "list"])
+def test_experts_that_see_some_of_the_tokens(selecting) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(selecting).eval(), torch.randn(6, 5, 4)
+    # Two samples with as many tokens for each expert: they look regular.
+    x[0, :, 0] = x[1, :, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    if selecting == "list":
+        x[1, 0, 0] = -1.0
+    assert_exact(model, x, labels(6), cross_entropy)
+
+
 def norm(**options: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, **options), nn.Linear(5, 3))
 

@@ -65,6 +65,9 @@ def _unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
 # Functions written in Python whose body calls what is caught.
 BODIES = {F.multi_head_attention_forward: _unchecked(F.multi_head_attention_forward)}
 
+# Functions whose result has a shape that depends on values.
+SELECTING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+
 FLIPPED = {"linear": "matrix", "matrix": "linear"}
 
 # Functions whose result does not depend on the weight, as far as gradients go.
@@ -83,6 +86,8 @@ class Capture(TorchFunctionMode):
         anchor: What results without a gradient are made to depend on.
         unsupported: Weight name → the function that it entered and that cannot be
             measured.
+        irregular: Whether something was selected by value, as tokens for an expert are:
+            then the rows that a layer sees need not be as many for every sample.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Capture(TorchFunctionMode):
         self.index, self.caught = index, caught
         self.anchor = torch.zeros((), requires_grad=True)
         self.unsupported: dict[str, str] = {}
+        self.irregular = False
         self._modules: list[nn.Module] = []
 
     def __torch_function__(
@@ -112,6 +118,7 @@ class Capture(TorchFunctionMode):
         call = None if reader is None else self._read(reader, args, kwargs)
         out = func(*args, **kwargs)
         if call is None:
+            self.irregular = self.irregular or _selects(func, args)
             self._check(func, args, kwargs, out)
             return out
         self._check(func, (call.input,), {}, out)
@@ -225,6 +232,14 @@ def capturing(model: nn.Module, capture: Capture) -> Iterator[Capture]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
+
+
+def _selects(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether the shape of a function's result depends on values."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
+    return name in SELECTING or (name == "where" and len(args) == 1)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -193,6 +193,12 @@ class FisherEstimator:
             # Something after a layer changed its input in place: catch copies.
             self._copy_inputs = True
             return self._update(x, y, loss_fn, batch)
+        if run.capture.irregular and batch > 1:  # which the first batch did not show
+            assert self._probe is not None
+            self._probe.alone = True
+            singles = [slice(i, i + 1) for i in range(batch)]
+            losses = [self._update(part(x, i), part(y, i), loss_fn, 1) for i in singles]
+            return sum(losses) / batch
         run.backward(loss)
         for name, reason in run.capture.unsupported.items():
             self._leave_out(name, reason)

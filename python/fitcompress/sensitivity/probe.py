@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fitcompress.data.batches import part, tensors
+from fitcompress.errors import UnsupportedLayerError
 from fitcompress.model.forward import call_model
 from fitcompress.sensitivity.capture import Capture, capturing
 from fitcompress.sensitivity.layout import EXPANDED, SHARED, Layout, find_layout
@@ -28,7 +29,8 @@ class Probe:
         layouts: Weight → where the samples are in the input of each of its calls.
         bytes_per_sample: What autograd keeps of a sample for the backward pass.
         alone: Whether samples must run one by one: a layer gives one result for all
-            of them, and the gradient of that is a sum over samples.
+            of them, and the gradient of that is a sum over samples; or the rows that it
+            sees depend on values, as those of an expert.
         single: Whether there was only one sample to look at.
     """
 
@@ -50,6 +52,7 @@ class _Seen:
     calls: dict[Weight, list[torch.Tensor]] = field(default_factory=dict)
     outputs: list[torch.Tensor] = field(default_factory=list)
     saved: dict[int, int] = field(default_factory=dict)  # address → bytes
+    irregular: bool = False
 
 
 def probe(model: nn.Module, index: WeightIndex, x: Any, batch: int) -> Probe:
@@ -70,14 +73,44 @@ def probe(model: nn.Module, index: WeightIndex, x: Any, batch: int) -> Probe:
         return found
     pair = part(x, _pair(x, batch))
     two = _look(model, index, pair)
-    for weight, inputs in one.calls.items():
-        found.layouts[weight] = [
-            find_layout(weight.name, *both)
-            for both in zip(inputs, two.calls.get(weight, []), strict=False)
-        ]
-    if any(SHARED in layouts for layouts in found.layouts.values()):
+    found.alone = one.irregular or two.irregular
+    try:
+        found.layouts = _layouts(one, two)
+    except UnsupportedLayerError:
+        if not _independent(one, two):
+            raise
+        found.alone = True
+    if not found.alone and any(SHARED in each for each in found.layouts.values()):
         found.alone = not _expand(model, index, pair, found, two)
     return found
+
+
+def _layouts(one: _Seen, two: _Seen) -> dict[Weight, list[Layout]]:
+    """Find where the samples are in the input of every call."""
+    found: dict[Weight, list[Layout]] = {}
+    for weight in {**one.calls, **two.calls}:
+        inputs, others = (seen.calls.get(weight, []) for seen in (one, two))
+        if len(inputs) != len(others):
+            raise UnsupportedLayerError(
+                f"layer {weight.name!r} is called more or less often for more samples",
+                got=f"{len(inputs)} calls for one and {len(others)} for two",
+            )
+        found[weight] = [
+            find_layout(weight.name, *both) for both in zip(inputs, others, strict=True)
+        ]
+    return found
+
+
+def _independent(one: _Seen, two: _Seen) -> bool:
+    """Whether a sample's output is the same, whatever else is in the batch."""
+    if len(one.outputs) != len(two.outputs):
+        return False
+    try:
+        for both in zip(one.outputs, two.outputs, strict=True):
+            find_layout("the output", *both)
+    except UnsupportedLayerError:
+        return False
+    return True
 
 
 def _pair(x: Any, batch: int) -> slice:
@@ -116,6 +149,7 @@ def _look(
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.enable_grad(), hooks, capturing(model, capture):
         out = call_model(model, x)
+    seen.irregular = capture.irregular
     seen.outputs = [tensor.detach() for tensor in tensors(out)]
     return seen
 

@@ -9,6 +9,7 @@ from torch import nn
 from fitcompress.data.batches import batch_size, part
 from fitcompress.model.forward import call_model
 from fitcompress.sensitivity import FisherEstimator
+from fitcompress.sensitivity.probe import Probe
 
 
 def squares_one_by_one(
@@ -62,3 +63,8 @@ def assert_exact(
                 error = float((found - sums).norm() / sums.norm())
                 assert error < tolerance, (name, error)
     return estimator
+
+
+def probe_of(estimator: FisherEstimator) -> Probe:
+    """What the estimator has found out about samples of the first shape."""
+    return next(iter(estimator._probes.values()))

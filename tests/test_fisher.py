@@ -310,7 +310,7 @@ def test_samples_stay_together_when_every_layer_sees_them_apart() -> None:
     estimator = FisherEstimator(model, compressible_layers(model))
     for _ in range(2):
         estimator.update(x, torch.zeros(20).long(), cross_entropy)
-    assert batches == [1, 2, 20, 20]
+    assert batches == [1, 1, 2, 20, 20]
 
 
 def test_an_entry_for_padding_counts_like_any_other() -> None:

@@ -1,6 +1,8 @@
 """Which weights are caught, where samples lie, and what is left out by name."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -8,9 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fisher_oracle import assert_exact, squares_one_by_one
-from fitcompress.errors import CalibrationError, UnsupportedLayerError
+from fisher_oracle import assert_exact, probe_of, squares_one_by_one
+from fitcompress.errors import (
+    CalibrationError,
+    NonFiniteError,
+    UnsupportedLayerError,
+)
 from fitcompress.sensitivity import FisherEstimator
+from fitcompress.sensitivity.moments import FisherMoments
 
 
 def labels(count: int) -> torch.Tensor:
@@ -300,6 +307,211 @@ def test_experts_that_see_some_of_the_tokens(selecting) -> None:
     assert_exact(model, x, labels(6), cross_entropy)
 
 
+class Function(nn.Module):
+    """A model of layers and a function of them and the input."""
+
+    def __init__(self, function, **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+def places(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[1])[None]
+
+
+def in_place(m: Function, x: torch.Tensor) -> torch.Tensor:
+    single = [torch.relu_(m.conv(torch.relu_(m.stem(z)))) for z in x.mT]
+    return m.out(torch.stack(single).mean(2))
+
+
+# Positions that all samples share, and are not merely broadcast to them; models whose
+# results are views that are overwritten, inputs that require a gradient, and so on.
+TRICKY = {
+    "one position row": lambda m, x: m.out(m.inner(x + m.place(places(x))[0]).mean(1)),
+    "positions averaged": lambda m, x: m.out(
+        m.inner(x + m.place(places(x)).mean(0)).mean(1)
+    ),
+    "positions flattened": lambda m, x: m.out(
+        m.inner(x + m.place(places(x)).view(-1, 4)[: x.shape[1]]).mean(1)
+    ),
+    "inputs with gradients": lambda m, x: m.out(
+        m.inner((x + m.place(places(x))).detach().requires_grad_()).mean(1)
+        + m.place(places(x)).mean(1)
+    ),
+    "no gradient": lambda m, x: m.out(
+        m.inner(x).mean(1) + without_gradient(m, x) + m.place(places(x)).mean(1)
+    ),
+    "rows by value": lambda m, x: m.out(
+        torch.zeros(len(x), 4).index_add(
+            0,
+            (x[..., 0] > 0).nonzero()[:, 0],
+            m.inner(x[x[..., 0] > 0]).tanh() + m.place(places(x)).mean(),
+        )
+    ),
+}  # fmt: skip
+
+
+def without_gradient(m: Function, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return m.inner(x).mean(1)
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_tricky_models(name) -> None:
+    torch.manual_seed(0)
+    layers = {"inner": nn.Linear(4, 4), "place": nn.Embedding(5, 4)}
+    model = Function(TRICKY[name], **layers, out=nn.Linear(4, 3)).eval()
+    assert_exact(model, torch.randn(6, 5, 4), labels(6), cross_entropy)
+
+
+def test_a_view_that_is_overwritten() -> None:
+    torch.manual_seed(0)
+    layers = {"stem": nn.Conv1d(4, 4, 2), "conv": nn.Conv1d(4, 4, 2)}
+    model = Function(in_place, **layers, out=nn.Linear(4, 3)).eval()
+    assert_exact(model, torch.randn(6, 5, 4), labels(6), cross_entropy)
+
+
+def test_other_shapes_are_looked_at_anew() -> None:
+    # With a single step both ways to fold look alike.
+    torch.manual_seed(0)
+    model = Windows(True).eval()
+    estimator = FisherEstimator(model)
+    wanted = 0.0
+    for steps in (1, 4):
+        x = torch.randn(4, steps, 2, 5)
+        estimator.update(x, labels(4), cross_entropy)
+        squares = squares_one_by_one(model, x, labels(4), cross_entropy)
+        wanted += float(squares["inner.weight"].sum())
+    assert float(estimator.moments.trace["inner"][0]) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_loss_with_a_layer_in_it() -> None:
+    torch.manual_seed(0)
+    layers = {"inner": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
+    model = Function(lambda m, x: m.inner(x).transpose(0, 1), **layers).eval()
+
+    def loss(hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(model.head(hidden).mean(0), y)
+
+    assert_exact(model, torch.randn(4, 4, 4), labels(4), loss)
+
+
+def test_rows_of_a_weight_that_overlap() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 4))
+
+    def used(m: Function, x: torch.Tensor) -> torch.Tensor:
+        h = x @ weight[0:4] + x.tanh() @ weight[2:6]
+        h = h + F.embedding((x[..., 0] > 0).long(), weight[1:4])
+        return m.out(F.linear(h, weight[1:5]).mean(1))
+
+    model = Function(used, out=nn.Linear(4, 3)).eval()
+    model.weight = weight
+    assert_exact(model, torch.randn(5, 3, 4), labels(5), cross_entropy)
+
+
+def test_other_arguments_of_a_product_are_looked_at() -> None:
+    torch.manual_seed(0)
+    bias = nn.Parameter(torch.randn(2, 3))
+    model = Function(
+        lambda m, x: torch.addmm(bias[:1], m.inner(x), m.out.weight.t()),
+        inner=nn.Linear(4, 4),
+        out=nn.Linear(4, 3, bias=False),
+    ).eval()
+    model.bias = bias
+    assert_exact(model, torch.randn(5, 4), labels(5), cross_entropy, ("bias",))
+
+
+class Same(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 1
+
+
+def test_computed_weights_are_known_by_what_they_are() -> None:
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: F.linear(
+            m.first(m.second(x) @ m.second.weight.t()) @ m.other, m.table.weight
+        ),
+        first=nn.Linear(4, 4),
+        second=nn.Linear(4, 4),
+        table=nn.Linear(4, 3, bias=False),
+    ).eval()
+    model.register_buffer("other", torch.randn(4, 4))
+    for layer in (model.first, model.second, model.table):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Same())
+    x = torch.randn(5, 4)
+    wanted = squares_one_by_one(model, x, labels(5), cross_entropy)
+    estimator = FisherEstimator(model)
+    estimator.update(x, labels(5), cross_entropy)
+    assert estimator.moments.names == ("first", "second", "table")
+    for name in estimator.moments.names:
+        original = wanted[f"{name}.parametrizations.weight.original"].float()
+        torch.testing.assert_close(estimator.moments.squares[name], original)
+
+
+def test_gradients_within_the_model_are_refused() -> None:
+    def energy(m: Function, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        total = m.out(m.inner(x).tanh()).sum()
+        return torch.autograd.grad(total, x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    layers = {"inner": nn.Linear(4, 4), "out": nn.Linear(4, 1)}
+    model = Function(energy, **layers).eval()
+    with pytest.raises(UnsupportedLayerError, match="differentiates through"):
+        FisherEstimator(model).update(torch.randn(5, 4), labels(5), cross_entropy)
+
+
+def test_an_unsupported_weight_stays_away(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = Added().eval(), torch.randn(5, 4, 8)
+    estimator = FisherEstimator(model)
+    for _ in range(2):
+        estimator.update(x, labels(5), cross_entropy)
+    moments = estimator.moments
+    assert set(moments.trace) == set(moments.squares) == set(moments.forms) == {"out"}
+    moments.save(tmp_path / "file")
+    loaded = FisherMoments.load(tmp_path / "file")
+    resumed = FisherEstimator(model, moments=loaded)
+    resumed.update(x, labels(5), cross_entropy)
+    assert resumed.moments.names == ("out",)
+
+
+def test_a_batch_that_fails_half_way_spoils_the_estimator() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).eval(), torch.randn(6, 4)
+    estimator = FisherEstimator(model, memory=1)
+
+    def broken(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(out, y) + (out - out.detach()).abs().sqrt().sum()
+
+    with pytest.raises(NonFiniteError, match="a gradient of layer 'weight'"):
+        estimator.update(x, labels(6), broken)
+    with pytest.raises(CalibrationError, match="failed half-way"):
+        estimator.update(x, labels(6), cross_entropy)
+
+
+def test_nothing_is_kept_between_updates() -> None:
+    torch.manual_seed(0)
+    model, x = Products().eval(), torch.randint(11, (5, 4))
+    estimator = FisherEstimator(model)
+    kept = []
+    model.twice.register_forward_hook(lambda *a: kept.append(weakref.ref(a[2])))
+    gc.disable()
+    try:
+        estimator.update(x, torch.randint(11, (5, 4)), token_loss)
+    finally:
+        gc.enable()
+    assert kept
+    assert not any(ref() is not None for ref in kept)
+
+
 def norm(**options: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, **options), nn.Linear(5, 3))
 
@@ -354,4 +566,4 @@ def test_hugging_face_models() -> None:
                 if p.dim() > 1:
                     p.normal_(std=0.1)
         estimator = assert_exact(model.eval(), x, y, loss)
-        assert not estimator._probe.alone
+        assert not probe_of(estimator).alone

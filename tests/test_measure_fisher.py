@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fitcompress as fc
-from fisher_oracle import squares_one_by_one
+from fisher_oracle import probe_of, squares_one_by_one
 from fitcompress.errors import DataError, FormatError, OptionError
 from fitcompress.sensitivity import FisherEstimator
 from fitcompress.sensitivity import estimate as estimating
@@ -89,11 +89,12 @@ def test_it_stops_when_the_error_is_small_enough(net, images) -> None:
 
 def test_the_standard_error_is_that_of_repeated_draws(net, images) -> None:
     estimator = FisherEstimator(net, diagonal=False)
-    traces = []
+    traces, before = [], 0.0
     for x, y in batches(images, 12):
-        before = estimator.moments.trace["head"][0].item()
         estimator.update(x, y, cross_entropy)
-        traces.append((estimator.moments.trace["head"][0].item() - before) / 12)
+        total = estimator.moments.trace["head"][0].item()
+        traces.append((total - before) / 12)
+        before = total
     traces = torch.tensor(traces).double()
     wanted = traces.std() / math.sqrt(len(traces)) / traces.mean()
     found = estimator.moments.relative_error("head")
@@ -106,11 +107,11 @@ def test_micro_batches_change_nothing_but_rounding(net, images) -> None:
     x, y = images[:23], torch.arange(23) % 5
     for estimator in (whole, small):
         estimator.update(x, y, cross_entropy)
-    some = FisherEstimator(net, memory=5 * whole._probe.bytes_per_sample)
+    some = FisherEstimator(net, memory=5 * probe_of(whole).bytes_per_sample)
     some.update(x, y, cross_entropy)
-    assert whole._micro_batch(23) == 23
-    assert small._micro_batch(23) == 1
-    assert some._micro_batch(23) == 5
+    assert whole._micro_batch(23, probe_of(whole)) == 23
+    assert small._micro_batch(23, probe_of(small)) == 1
+    assert some._micro_batch(23, probe_of(some)) == 5
     same(small.moments, whole.moments, exactly=False)
     same(some.moments, whole.moments, exactly=False)
 
@@ -177,7 +178,7 @@ def test_killed_and_resumed(net, images, tmp_path, monkeypatch) -> None:
     net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     resumed = fc.measure_fisher(net, iter(batches(images)), checkpoint=file, **options)
     same(resumed, whole)
-    assert seen == [1, 2, 16, 16, 16]  # two samples to look at, then what was left
+    assert seen == [1, 1, 2, 16, 16, 16]  # two samples to look at, then what was left
     assert not file.exists()
 
 
@@ -288,7 +289,9 @@ def test_weights_that_no_gradient_reaches_are_named(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         found = fc.measure_fisher(Unused(), [torch.randn(8, 4)], progress=False)
     assert found.names == ("used",)
-    assert found.unsupported == {"idle": "no gradient of the loss reaches it"}
+    assert found.unsupported == {
+        "idle": "no gradient of the loss reaches a product with it"
+    }
     assert "no Fisher moments of idle" in caplog.text
 
 
@@ -320,6 +323,20 @@ if kind == "sharded":
     for layer in (model[0], model[3], model):
         fully_shard(layer, mesh=mesh)
 found = fc.measure_fisher(model, parts, cross_entropy, **whole)
+if kind == "data":  # one process has more, and they reach other layers
+    parts = parts[: 1 + dist.get_rank()]
+    mine = fc.FisherMoments(samples=1, loss=1.0)
+    for name in ("a", "b", "c") if dist.get_rank() else ("c", "b"):
+        mine.trace[name] = torch.tensor([1.0, 1.0]).double() * ord(name)
+        mine.squares[name] = torch.ones(1, 1) * ord(name)
+        mine.forms[name] = "direct"
+    if dist.get_rank():
+        mine.unsupported["c"] = "it enters add"
+    mine.all_reduce()
+    assert {n: float(t[0]) for n, t in mine.trace.items()} == {"a": 97.0, "b": 196.0}
+    assert {n: float(t) for n, t in mine.squares.items()} == {"a": 97.0, "b": 196.0}
+    assert set(mine.forms) == {"a", "b"}
+    assert mine.unsupported == {"c": "it enters add"}
 early = fc.measure_fisher(model, parts * 50, cross_entropy, **short)
 assert all(p.grad is None and p.requires_grad for p in model.parameters())
 if kind == "one" or dist.get_rank() == 0:

@@ -151,7 +151,7 @@ struct Plan {
   static constexpr int64_t kTasks = 32;
   static constexpr int64_t kSplit = 1024;      // positions a partial sum is worth
   static constexpr int64_t kChunk = 32;        // samples whose squares are summed in float32
-  static constexpr int64_t kPositions = 1024;  // positions summed in registers, at most
+  static constexpr int64_t kPositions = 256;   // positions summed in registers, at most
   static constexpr int64_t kCache = 96 << 10;  // floats packed at a time, about
   static constexpr int64_t kSlack = 16;        // floats that may be read or written too many
 

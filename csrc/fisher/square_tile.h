@@ -45,12 +45,12 @@ struct Tile {
       for (int v = 0; v < Vectors; ++v) sum[r][v] = Vector{};
   }
 
-  FITCOMPRESS_INLINE void load(const float* from, int64_t stride) {
+  FITCOMPRESS_INLINE void add(const float* from, int64_t stride) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) {
-        sum[r][v] = *reinterpret_cast<const Vector*>(from + r * stride + v * Lanes);
+        sum[r][v] += *reinterpret_cast<const Vector*>(from + r * stride + v * Lanes);
       }
   }
 
@@ -104,16 +104,10 @@ struct Tile {
     }
   }
 
-  FITCOMPRESS_INLINE void begin(const Packed& packed, const Sums& sums) {
-    if (packed.first) {
-      clear();
-    } else {
-      load(sums.products, sums.stride);
-    }
-  }
-
   FITCOMPRESS_INLINE void end(const Packed& packed, const Sums& sums, int64_t sample, int64_t rows,
                               const int64_t* used) {
+    // Segments are summed on their own: a long sum rounds less in parts.
+    if (!packed.first) add(sums.products, sums.stride);
     if (packed.last) {
       square(sums, sample, rows, used);
     } else {
@@ -134,7 +128,7 @@ FITCOMPRESS_INLINE void multiply_tile(const Packed& packed, const float* grad,
   for (int v = 0; v < Vectors; ++v) x[v] = packed.input + vector[v];
   for (int64_t sample = 0; sample < packed.samples; ++sample) {
     Tile<Lanes, Rows, Vectors> tile;
-    tile.begin(packed, sums);
+    tile.clear();
     const float* e = grad;
     for (int64_t p = 0; p < packed.positions; ++p, e += kPanel) {
       const int64_t at = packed.at[p];
@@ -161,7 +155,7 @@ FITCOMPRESS_INLINE void multiply_strip(const Packed& packed, const float* grad,
   const float* input = packed.input;
   for (int64_t sample = 0; sample < packed.samples; ++sample) {
     Tile<Lanes, 1, Offsets> tile;
-    tile.begin(packed, sums);
+    tile.clear();
     for (int64_t p = 0; p < packed.positions; ++p) {
       const float* const x = input + packed.at[p];
       const Vector e = *reinterpret_cast<const Vector*>(grad + p * Lanes);

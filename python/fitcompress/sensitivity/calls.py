@@ -63,14 +63,23 @@ def _embedding(
     weight: torch.Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    *rest: Any,
-    **named: Any,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Call | None:
-    return Call("entries", weight, input) if max_norm is None else None
+    if max_norm is not None or scale_grad_by_freq:
+        return None
+    return Call("entries", weight, input)
 
 
-def _torch_embedding(weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> Call:
-    return Call("entries", weight, indices)
+def _torch_embedding(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call | None:
+    return None if scale_grad_by_freq else Call("entries", weight, indices)
 
 
 def _matmul(input: torch.Tensor, other: torch.Tensor) -> Call | None:

@@ -9,30 +9,32 @@ other layer; a weight that enters another function is reported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fitcompress.sensitivity.calls import READERS
-from fitcompress.sensitivity.weights import Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import nn
+
     from fitcompress.sensitivity.calls import Call
-    from fitcompress.sensitivity.weights import WeightIndex
+    from fitcompress.sensitivity.weights import Weight, WeightIndex
 
 __all__ = ["Capture", "capturing"]
 
 
 class _Anchor(torch.autograd.Function):
-    """Makes a tensor require a gradient in place; what follows may overwrite it.
+    """Makes a tensor depend on the anchor, in place; what follows may overwrite it.
 
-    A leaf that requires a gradient must not be modified, but models do that.
+    Backpropagation to the anchor then passes all of them. (A leaf that requires a
+    gradient instead must not be modified, but models do that.)
     """
 
     @staticmethod
@@ -41,8 +43,10 @@ class _Anchor(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return grads[0] if ctx.needs_input_grad[0] else None, None
 
 
 def _unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +104,6 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.unsupported: dict[str, str] = {}
         self.irregular = False
-        self._modules: list[nn.Module] = []
 
     def __torch_function__(
         self,
@@ -114,14 +117,14 @@ class Capture(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        reader = READERS.get(func)
+        reader = READERS.get(func) if torch.is_grad_enabled() else None
         call = None if reader is None else self._read(reader, args, kwargs)
         out = func(*args, **kwargs)
         if call is None:
             self.irregular = self.irregular or _selects(func, args)
             self._check(func, args, kwargs, out)
             return out
-        self._check(func, (call.input,), {}, out)
+        self._check(func, args, kwargs, out, call.weight)
         return self.caught(call, out)
 
     def _read(
@@ -135,8 +138,8 @@ class Capture(TorchFunctionMode):
             call = reader(*args, **kwargs)
             if call is None:
                 return None
-            part = self.index.part_of(call.weight) or self._computed(call.weight)
-        except LookupError:
+            part = self.index.part_of(call.weight)
+        except (LookupError, TypeError):  # an unusual call
             return None  # reported by _check
         if part is None:
             return None
@@ -147,30 +150,27 @@ class Capture(TorchFunctionMode):
         call.part = part
         return call
 
-    def _computed(self, tensor: torch.Tensor) -> Part | None:
-        """The weight that the innermost running module computes, if this is it."""
-        if self._modules:
-            module = self._modules[-1]
-            for weight in self.index.weights:
-                held = weight.computed and weight.holders[0][0] is module
-                if held and tuple(tensor.shape) == weight.shape:
-                    return Part(weight, 0, weight.rows)
-        return None
-
     def _check(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
+        multiplied: torch.Tensor | None = None,
     ) -> None:
-        """Note weights that enter a function through which they cannot be measured."""
+        """Note weights that enter a function through which they cannot be measured.
+
+        ``multiplied`` is the argument by which a caught call multiplies.
+        """
         name = getattr(func, "__name__", str(func))
-        if name in ("__get__", "__set__") or func in HARMLESS:
+        harmless = name in ("__get__", "__set__") or func in HARMLESS
+        if harmless or not torch.is_grad_enabled():
             return
         for argument in _tensors((args, kwargs)):
             weight = self.index.weight_of(argument)
-            if weight is None or weight.name in self.unsupported:
+            if argument is multiplied or weight is None:
+                continue
+            if weight.name in self.unsupported:
                 continue
             for result in _tensors(out):
                 # Views are looked at again where they are used.
@@ -180,32 +180,28 @@ class Capture(TorchFunctionMode):
                     break
 
     def hooks(self) -> list[Any]:
-        """Watch modules that compute their weights, which are known by place."""
-        handles: list[Any] = []
-        for weight in self.index.weights:
-            if weight.computed:
-                module = weight.holders[0][0]
-                handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(
-                    module.register_forward_hook(self._leave, always_call=True)
-                )
-        return handles
+        """Learn what modules compute as their weights, whenever they do."""
+        return [
+            module.get_submodule(f"parametrizations.{name}").register_forward_hook(
+                functools.partial(self._computed, weight)
+            )
+            for weight in self.index.weights
+            if weight.computed
+            for module, name in weight.holders
+        ]
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        self._modules.append(module)
-
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._modules:
-            self._modules.pop()
+    def _computed(
+        self, weight: Weight, _: nn.Module, __: Any, out: torch.Tensor
+    ) -> torch.Tensor:
+        if out._base is not None:  # views are recognised by what they are views of
+            out = out.clone()
+        self.index.learn(out, weight)
+        return out
 
     def anchored(self, out: torch.Tensor) -> torch.Tensor:
-        """Return ``out`` so that gradients reach it."""
-        if out.requires_grad:
-            return out
-        if out._base is not None or out.is_inference():
+        """Return ``out`` so that gradients reach it, also if it is then overwritten."""
+        if out._base is not None:
             out = out.clone()
-        if self.anchor.device != out.device:
-            self.anchor = torch.zeros((), requires_grad=True)
         made: torch.Tensor = _Anchor.apply(out, self.anchor)  # type: ignore[no-untyped-call]
         return made
 
@@ -230,6 +226,7 @@ def capturing(model: nn.Module, capture: Capture) -> Iterator[Capture]:
         for parameter in frozen:
             parameter.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
+        capture.index.forget()
         for handle in handles:
             handle.remove()
 

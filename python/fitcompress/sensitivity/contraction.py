@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from fitcompress.errors import UnsupportedLayerError
 
 if TYPE_CHECKING:
     from fitcompress.sensitivity.calls import Call
@@ -61,6 +64,24 @@ class Contraction:
         """I = C · kernel volume."""
         return self.channels * math.prod(self.kernel)
 
+    def widened(self, first: int, rows: int) -> Contraction:
+        """Return the gradient of all ``rows`` of a weight, these from ``first`` on.
+
+        Raises:
+            UnsupportedLayerError: Rows of a convolution with groups.
+        """
+        own = self.rows.shape[1]
+        if own == rows:
+            return self
+        if self.groups > 1:
+            raise UnsupportedLayerError(
+                "a convolution with groups uses some rows of a weight, and others are "
+                "used elsewhere",
+                wanted="all of its rows, or rows that nothing else uses",
+            )
+        sides = (0, 0, 0, 0, 0, 0, first, rows - first - own)
+        return dataclasses.replace(self, rows=F.pad(self.rows, sides))
+
     def dense(self) -> Contraction:
         """Return the same gradient with every window copied out: a kernel of 1."""
         windows = self.columns
@@ -93,6 +114,10 @@ class Entries:
 
     indices: torch.Tensor
     values: torch.Tensor
+
+    def widened(self, first: int, rows: int) -> Entries:
+        """Return the gradient of all rows of a weight, these from ``first`` on."""
+        return Entries(self.indices + first, self.values)
 
     def dense(self, rows: int) -> Contraction:
         """Return the same gradient as a product with one-hot rows."""

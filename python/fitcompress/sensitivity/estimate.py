@@ -19,7 +19,7 @@ from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
 from fitcompress.sensitivity.fisher import MEMORY, FisherEstimator
-from fitcompress.sensitivity.labels import sampled_label_loss
+from fitcompress.sensitivity.labels import logits_of, sampled_label_loss
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
@@ -156,11 +156,11 @@ def estimate_key(
     crc = 0
     # What is in memory costs next to nothing to read; of the rest, the first batch.
     known = None if isinstance(loader, (list, tuple)) else 1
-    for x, _ in itertools.islice(take(ahead, samples, split), known):
-        for tensor in tensors(x):
+    for batch in itertools.islice(take(ahead, samples, split), known):
+        for tensor in tensors(batch):
             crc = digest(tensor, crc)
     del ahead
-    labels = "sampled" if loss_fn is None else "data"
+    labels = "sampled" if loss_fn is None else getattr(loss_fn, "__qualname__", "data")
     weights = fingerprint(model, [])
     return batches, f"{weights}-{labels}-{seed}-{samples}-{crc:08x}"
 
@@ -196,11 +196,15 @@ def estimate(
             moments = estimator.moments
             text = f"loss {moments.mean_loss:.4f}"
             if tolerance is not None:
-                error = _common_error(moments, group)
+                error, _ = _common_error(moments, group, running=True)
                 text += f", standard error {100 * error:.1f} %"
             bar.advance(batch_size(x), text)
             if tolerance is not None and error < tolerance:
-                break
+                return estimator.moments
+    if tolerance is not None and _distributed():
+        error, running = float("inf"), True
+        while running and not error < tolerance:  # the others may have more data
+            error, running = _common_error(estimator.moments, group, running=False)
     return estimator.moments
 
 
@@ -212,14 +216,17 @@ def _sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tenso
     rank = torch.distributed.get_rank() if _distributed() else 0
     own = (seed + 65_537 * rank) * 1_000_003 + number
     generator = torch.Generator().manual_seed(own)
-    mask = x.get("attention_mask") if isinstance(x, dict) else None
+    mask = None
+    if isinstance(x, dict):
+        decoding = "decoder_input_ids" in x
+        mask = x.get("decoder_attention_mask" if decoding else "attention_mask")
     done = 0
 
     def loss(output: Any, _: Any) -> torch.Tensor:
         nonlocal done
         rows = None
         if mask is not None:  # the batch may have been cut
-            count = len(next(tensors(output)))
+            count = batch_size(logits_of(output))
             rows = mask[done : done + count]
             done += count
         return sampled_label_loss(output, generator, rows)
@@ -227,23 +234,25 @@ def _sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tenso
     return loss
 
 
-def _common_error(moments: FisherMoments, group: Any) -> float:
-    """Return the largest relative standard error, that of all processes together.
+def _common_error(
+    moments: FisherMoments, group: Any, *, running: bool
+) -> tuple[float, bool]:
+    """Return the largest relative standard error, and whether any process has data.
 
-    All of them must come to the same decision, or the others would wait.
+    Under ``torch.distributed`` both are those of all processes together: all of them
+    must come to the same decision, or the others would wait.
     """
-    if moments.samples < FEWEST and not _distributed():
-        return float("inf")
-    if not _distributed():
-        return moments.largest_relative_error
     together = type(moments)(
         trace={name: sums.clone() for name, sums in moments.trace.items()},
+        unsupported=dict(moments.unsupported),
         samples=moments.samples,
+        batches=int(running),  # summed up like any count
     )
-    together.all_reduce(group)
+    if _distributed():
+        together.all_reduce(group)
     if together.samples < FEWEST:
-        return float("inf")
-    return together.largest_relative_error
+        return float("inf"), together.batches > 0
+    return together.largest_relative_error, together.batches > 0
 
 
 def _distributed() -> bool:

@@ -8,9 +8,7 @@ gradient of autograd's, and no per-sample gradient is ever stored.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,26 +17,17 @@ from torch import nn
 from fitcompress.data.batches import batch_size, part
 from fitcompress.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
 from fitcompress.model.forward import call_model
-from fitcompress.sensitivity.capture import Capture, capturing
-from fitcompress.sensitivity.contraction import (
-    Contraction,
-    Entries,
-    contraction,
-    entries,
-    joined,
-)
-from fitcompress.sensitivity.forms import accumulate, accumulate_entries
-from fitcompress.sensitivity.layout import SINGLE, Layout
+from fitcompress.sensitivity.capture import capturing
 from fitcompress.sensitivity.moments import FisherMoments
-from fitcompress.sensitivity.probe import Probe, probe
+from fitcompress.sensitivity.probe import Probe, input_shapes, probe
+from fitcompress.sensitivity.run import Run
 from fitcompress.sensitivity.weights import WeightIndex, measured_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fitcompress.model import Layer
-    from fitcompress.sensitivity.calls import Call
-    from fitcompress.sensitivity.weights import Part, Weight
+    from fitcompress.sensitivity.weights import Weight
 
 __all__ = ["FisherEstimator"]
 
@@ -47,15 +36,6 @@ logger = logging.getLogger(__name__)
 MEMORY = 2 << 30  # bytes that the activations of a micro-batch may take
 
 NORMS = nn.modules.batchnorm._BatchNorm
-
-
-@dataclass(eq=False)
-class _Use:
-    """A caught call on its way through backpropagation."""
-
-    call: Call
-    layout: Layout
-    version: int
 
 
 class FisherEstimator:
@@ -106,11 +86,8 @@ class FisherEstimator:
         self.moments = moments or FisherMoments()
         self._required = layers is not None
         self._index = WeightIndex(measured_weights(self.model, layers))
-        self._probe: Probe | None = None
-        self._copy_inputs = False
-        for weight in self._index.weights:
-            trace = torch.zeros(2, dtype=torch.float64)
-            self.moments.trace.setdefault(weight.name, trace)
+        self._probes: dict[tuple[Any, ...], Probe] = {}
+        self._broken = False
 
     def update(
         self, x: Any, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
@@ -133,32 +110,37 @@ class FisherEstimator:
             DataError: The inputs have no common number of samples.
         """
         self._check_modes()
+        if self._broken:
+            raise CalibrationError(
+                "an earlier batch failed half-way and left wrong sums",
+                wanted="an estimator whose updates have all succeeded",
+                fix="start again from the last checkpoint",
+            )
         batch = batch_size(x)
-        if self._probe is None or (batch > 1 and self._probe.single):
-            self._probe = probe(self.model, self._index, x, batch)
-        size = self._micro_batch(batch)
+        shapes = input_shapes(x)
+        known = self._probes.get(shapes)
+        if known is None or (batch > 1 and known.single):
+            known = self._probes[shapes] = probe(self.model, self._index, x, batch)
+        size = self._micro_batch(batch, known)
         total = 0.0
         for start in range(0, batch, size):
             cut = slice(start, min(start + size, batch))
             whole = cut == slice(0, batch)
-            loss = self._update(
+            total += self._update(
                 x if whole else part(x, cut),
                 y if whole else part(y, cut),
                 loss_fn,
                 cut.stop - cut.start,
+                known,
             )
-            total += loss * (cut.stop - cut.start)
-        self.moments.samples += batch
-        self.moments.loss += total
         self.moments.batches += 1
         return total / batch
 
-    def _micro_batch(self, batch: int) -> int:
+    def _micro_batch(self, batch: int, probe: Probe) -> int:
         """Return how many samples are run at once: parts of nearly equal size."""
-        assert self._probe is not None
-        if self._probe.alone:
+        if probe.alone:
             return 1
-        most = max(1, int(self.memory // max(self._probe.bytes_per_sample, 1)))
+        most = max(1, int(self.memory // max(probe.bytes_per_sample, 1)))
         return -(-batch // -(-batch // most))
 
     def _check_modes(self) -> None:
@@ -183,29 +165,62 @@ class FisherEstimator:
         y: Any,
         loss_fn: Callable[[Any, Any], torch.Tensor],
         batch: int,
+        probe: Probe,
     ) -> float:
-        """Add the squares of a micro-batch, and return its mean loss."""
-        run = _Run(self, batch)
-        with capturing(self.model, run.capture), torch.enable_grad():
-            loss = loss_fn(call_model(self.model, run.inputs(x)), y)
-            _check_loss(loss)
-        if run.stale():
-            # Something after a layer changed its input in place: catch copies.
-            self._copy_inputs = True
-            return self._update(x, y, loss_fn, batch)
-        if run.capture.irregular and batch > 1:  # which the first batch did not show
-            assert self._probe is not None
-            self._probe.alone = True
-            singles = [slice(i, i + 1) for i in range(batch)]
-            losses = [self._update(part(x, i), part(y, i), loss_fn, 1) for i in singles]
-            return sum(losses) / batch
-        run.backward(loss)
+        """Add the squares of a micro-batch, and return the sum of its losses."""
+        run = Run(
+            self._index, probe, batch, self._squares, activations=self.activations
+        )
+        try:
+            with capturing(self.model, run.capture), torch.enable_grad():
+                out = call_model(self.model, run.inputs(x))
+                if not run.irregular and not run.stale:
+                    loss = loss_fn(out, y)
+                    _check_loss(loss)
+            if run.irregular:  # the first batch did not show it, or the loss has layers
+                probe.alone = True
+            elif run.stale:
+                if probe.copy_inputs:
+                    raise UnsupportedLayerError(
+                        "the inputs of a layer are changed in place in a way that "
+                        "copies do not undo",
+                        fix="use operations that are not in place",
+                    )
+                probe.copy_inputs = True
+            else:
+                self._broken = True
+                run.backward(loss)
+                self._count(run, float(loss.detach()), batch)
+                self._broken = False
+                return float(loss.detach()) * batch
+        finally:
+            run.close()
+        if not probe.alone or batch == 1:
+            return self._update(x, y, loss_fn, batch, probe)
+        singles = [slice(i, i + 1) for i in range(batch)]
+        return sum(
+            self._update(part(x, i), part(y, i), loss_fn, 1, probe) for i in singles
+        )
+
+    def _count(self, run: Run, loss: float, batch: int) -> None:
+        """Add what a micro-batch has found to the moments."""
+        moments = self.moments
         for name, reason in run.capture.unsupported.items():
             self._leave_out(name, reason)
-        run.finish()
+        for weight in self._index.weights:  # in the order of the model
+            name = weight.name
+            if name in moments.unsupported or weight not in run.norms:
+                continue
+            moments.add_norms(name, run.norms[weight])
+            moments.forms[name] = run.forms[weight]
+            if weight in run.activations:
+                zero = torch.zeros((), dtype=torch.float64)
+                before = moments.activations.get(name, zero)
+                moments.activations[name] = before + run.activations[weight].cpu()
+        moments.samples += batch
+        moments.loss += loss * batch
         if self._required:
             self._check_reached()
-        return float(loss.detach())
 
     def _check_reached(self) -> None:
         """Raise if a layer that was asked for has no moments."""
@@ -228,8 +243,9 @@ class FisherEstimator:
     def drop_unreached(self) -> None:
         """Take weights that no gradient has reached out of the moments, and say so."""
         for weight in self._index.weights:
-            if weight.name not in self.moments.forms:
-                self._leave_out(weight.name, "no gradient of the loss reaches it")
+            if weight.name not in self.moments.trace:
+                reason = "no gradient of the loss reaches a product with it"
+                self._leave_out(weight.name, reason)
 
     def _leave_out(self, name: str, reason: str) -> None:
         if name in self.moments.unsupported:
@@ -240,12 +256,13 @@ class FisherEstimator:
             self.moments.trace,
             self.moments.squares,
             self.moments.activations,
+            self.moments.forms,
         ):
             sums.pop(name, None)
 
-    def squares(self, weight: Weight, device: torch.device) -> torch.Tensor | None:
+    def _squares(self, weight: Weight, device: torch.device) -> torch.Tensor | None:
         """Return where the squares of a weight are summed, or None if they are not."""
-        if not self.diagonal:
+        if not self.diagonal or weight.name in self.moments.unsupported:
             return None
         found = self.moments.squares.get(weight.name)
         if found is None or found.device != device:
@@ -254,181 +271,6 @@ class FisherEstimator:
             found = zeros if found is None else found.to(device)
             self.moments.squares[weight.name] = found
         return found
-
-
-class _Run:
-    """One micro-batch, from the forward pass to its norms."""
-
-    def __init__(self, estimator: FisherEstimator, batch: int) -> None:
-        self.estimator, self.batch = estimator, batch
-        self.capture = Capture(estimator._index, self._caught)
-        self._uses: dict[Weight, list[_Use]] = {}
-        self._waiting: dict[Weight, list[tuple[_Use, torch.Tensor]]] = {}
-        self._norms: dict[str, torch.Tensor] = {}
-        self._activations: dict[str, torch.Tensor] = {}
-
-    def inputs(self, x: Any) -> Any:
-        """Return the inputs cut off from any graph, differentiable if that is asked."""
-        if isinstance(x, dict):
-            return {key: self.inputs(value) for key, value in x.items()}
-        if isinstance(x, (tuple, list)):
-            return type(x)(self.inputs(value) for value in x)
-        if not isinstance(x, torch.Tensor):
-            return x
-        x = x.detach()
-        wanted = self.estimator.activations and x.is_floating_point()
-        return self.capture.anchored(x.clone()) if wanted else x
-
-    def _caught(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        probe = self.estimator._probe
-        assert probe is not None
-        assert call.input is not None
-        uses = self._uses.setdefault(call.part.weight, [])
-        layout = SINGLE
-        if self.batch > 1:
-            layout = probe.layout(call.part.weight, len(uses))
-        if layout.expanded:
-            call.input = call.input.expand(self.batch, *call.input.shape[1:])
-            out = out.expand(self.batch, *out.shape[1:])
-        if self.estimator._copy_inputs:
-            call.input = call.input.clone()
-        if self.estimator.activations and call.input.requires_grad:
-            self._watch(call, layout)
-        call.input = call.input.detach()
-        use = _Use(call, layout, call.input._version)
-        uses.append(use)
-        out = self.capture.anchored(out)
-        out.register_hook(lambda grad: self._arrived(use, grad))  # type: ignore[no-untyped-call]
-        return out
-
-    def _watch(self, call: Call, layout: Layout) -> None:
-        """Sum up the squares of the gradient of a call's input."""
-        assert call.input is not None
-        name = call.part.weight.name
-
-        def arrived(grad: torch.Tensor) -> None:
-            found = layout.by_sample(grad.detach(), self.batch).reshape(self.batch, -1)
-            norms = found.float().square().sum(1, dtype=torch.float64)
-            self._activations[name] = self._activations.get(name, 0) + norms.sum()
-
-        call.input.register_hook(arrived)  # type: ignore[no-untyped-call]
-
-    def stale(self) -> bool:
-        """Whether an input was changed in place since it was caught."""
-        return not self.estimator._copy_inputs and any(
-            use.call.input is not None and use.call.input._version != use.version
-            for uses in self._uses.values()
-            for use in uses
-        )
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run backpropagation; gradients arrive at the hooks."""
-        # Times B: of the sum of the losses. Done here, halves do not underflow.
-        torch.autograd.grad(
-            loss,
-            [self.capture.anchor],
-            grad_outputs=torch.full_like(loss, self.batch),
-            allow_unused=True,
-        )
-
-    def _arrived(self, use: _Use, grad: torch.Tensor) -> None:
-        weight = use.call.part.weight
-        if len(self._uses[weight]) == 1:
-            self._add(weight, [(use, grad.detach())])
-        else:
-            self._waiting.setdefault(weight, []).append((use, grad.detach()))
-
-    def _add(self, weight: Weight, pairs: list[tuple[_Use, torch.Tensor]]) -> None:
-        """Add the squares of a weight whose gradient is the sum over ``pairs``."""
-        device = pairs[0][1].device
-        norms = self._norms.get(weight.name)
-        if norms is None:
-            norms = torch.zeros(self.batch, dtype=torch.float64, device=device)
-            self._norms[weight.name] = norms
-        squares = self.estimator.squares(weight, device)
-        for first, rows, members in _groups(weight, pairs):
-            target = None if squares is None else squares[first : first + rows]
-            form = self._accumulate(weight, rows, members, target, norms)
-            self.estimator.moments.forms[weight.name] = form
-        for use, _ in pairs:
-            use.call.input = None
-
-    def _accumulate(
-        self,
-        weight: Weight,
-        rows: int,
-        pairs: list[tuple[_Use, torch.Tensor]],
-        squares: torch.Tensor | None,
-        norms: torch.Tensor,
-    ) -> str:
-        found: list[Contraction | Entries] = [
-            (entries if use.call.kind == "entries" else contraction)(
-                use.call, grad, use.layout, self.batch
-            )
-            for use, grad in pairs
-        ]
-        if all(isinstance(each, Entries) for each in found):
-            looked_up = Entries(
-                torch.cat([e.indices for e in found], 1),  # type: ignore[union-attr]
-                torch.cat([e.values for e in found], 1),  # type: ignore[union-attr]
-            )
-            return accumulate_entries(looked_up, squares, norms, rows)
-        products = [
-            each.dense(rows) if isinstance(each, Entries) else each for each in found
-        ]
-        product = products[0] if len(products) == 1 else joined(products)
-        return accumulate(product, squares, norms)
-
-    def finish(self) -> None:
-        """Count what has arrived, weights with several uses included."""
-        for weight, pairs in self._waiting.items():
-            self._add(weight, pairs)
-        moments = self.estimator.moments
-        for name, norms in self._norms.items():
-            if name in moments.unsupported:
-                continue
-            if not bool(torch.isfinite(norms).all()):
-                raise NonFiniteError(
-                    f"a gradient of layer {name!r} is not finite",
-                    got=f"squared norms of {norms.sum().item()} in all",
-                    wanted="finite gradients",
-                    fix="look for NaN in the data, and for overflow in half precision",
-                )
-            moments.add_norms(name, norms)
-        for name, total in self._activations.items():
-            if name not in moments.unsupported:
-                before = moments.activations.get(
-                    name, torch.zeros((), dtype=torch.float64)
-                )
-                moments.activations[name] = before + total.cpu()
-
-
-def _groups(
-    weight: Weight, pairs: list[tuple[_Use, torch.Tensor]]
-) -> list[tuple[int, int, list[tuple[_Use, torch.Tensor]]]]:
-    """Split the uses of a weight by the rows that they use: (first, count, uses).
-
-    Parts of a packed projection are apart; where they overlap they are widened to the
-    whole weight.
-    """
-    by_rows: dict[tuple[int, int], list[tuple[_Use, torch.Tensor]]] = {}
-    for use, grad in pairs:
-        key = (use.call.part.first, use.call.part.rows)
-        by_rows.setdefault(key, []).append((use, grad))
-    ends = sorted(by_rows)
-    apart = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ends))
-    if apart:
-        return [(first, rows, members) for (first, rows), members in by_rows.items()]
-    widened = [(use, _widened(use.call.part, grad)) for use, grad in pairs]
-    return [(0, weight.rows, widened)]
-
-
-def _widened(part: Part, grad: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a call with some rows as that of one with all of them."""
-    if part.whole:
-        return grad
-    after = part.weight.rows - part.first - part.rows
-    return torch.nn.functional.pad(grad, (part.first, after))
 
 
 def _check_loss(loss: Any) -> None:

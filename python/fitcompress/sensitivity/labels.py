@@ -72,8 +72,13 @@ def sampled_label_loss(
     probability = logits.detach().softmax(-1).double().cpu()
     label = torch.multinomial(probability, 1, generator=generator).squeeze(1)
     label = label.to(logits.device)
-    if mask is None or output.dim() != 3 or mask.shape != output.shape[:2]:
+    if mask is None or output.dim() != 3 or mask.shape[1:] != output.shape[1:2]:
         return F.cross_entropy(logits.float(), label)
+    if len(mask) != len(output):
+        raise DataError(
+            "the mask is not one of these samples",
+            got=f"{len(mask)} rows for {len(output)} samples",
+        )
     weight = (mask != 0).to(logits.device).float()
     count = weight.sum(1, keepdim=True)
     if not bool((count > 0).all()):

@@ -1,16 +1,14 @@
-"""Where the samples of a batch lie in the input of a layer."""
+"""Where the samples of a batch lie in a tensor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from fitcompress.errors import UnsupportedLayerError
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["EXPANDED", "SHARED", "SINGLE", "Layout", "find_layout"]
+__all__ = ["EXPANDED", "SHARED", "SINGLE", "Layout", "close", "find_layout"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +29,10 @@ class Layout:
     expanded: bool = False
 
     def by_sample(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return ``tensor`` as [B, …, k, …], the sample first.
-
-        Raises:
-            UnsupportedLayerError: The dimension is no multiple of the batch.
-        """
+        """Return ``tensor`` as [B, …, k, …], the sample first."""
         if self == SINGLE:
             return tensor[None]
-        size = tensor.shape[self.dim] if self.dim < tensor.dim() else 0
-        if size % batch or not size:
-            raise UnsupportedLayerError(
-                "a layer does not see the samples one by one",
-                got=f"an input of shape {tuple(tensor.shape)}",
-                wanted=f"{batch} samples, or a multiple, in dimension {self.dim}",
-                fix="let every sample be treated alike",
-            )
-        places = size // batch
+        places = tensor.shape[self.dim] // batch
         split = (places, batch) if self.interleaved else (batch, places)
         shape = (*tensor.shape[: self.dim], *split, *tensor.shape[self.dim + 1 :])
         return tensor.reshape(shape).movedim(self.dim + int(self.interleaved), 0)
@@ -57,44 +43,54 @@ EXPANDED = Layout(0, expanded=True)
 SHARED = Layout(-2)  # the same for all samples at once: positions of a sequence, say
 
 
-def find_layout(name: str, one: torch.Tensor, two: torch.Tensor) -> Layout:
-    """Find where a sample lies, from the inputs of a layer for it alone and for two.
+def find_layout(
+    owner: str, what: str, a: torch.Tensor, b: torch.Tensor, both: torch.Tensor
+) -> Layout:
+    """Find where samples lie, from a tensor for each alone and for both together.
 
     Args:
-        name: The weight, for the error.
-        one: Input of the layer in a batch of sample a.
-        two: Input of the layer in a batch of samples a and b.
+        owner: Whose tensor it is, for the error.
+        what: What it is, for the error.
+        a: The tensor for a batch of sample a.
+        b: The tensor for a batch of sample b.
+        both: The tensor for a batch of samples a and b.
 
     Raises:
-        UnsupportedLayerError: Sample a is not found in the batch of two: the model
-            mixes samples.
+        UnsupportedLayerError: The samples are not found in the batch of two: the model
+            mixes them.
     """
-    if one.shape == two.shape and _close(one, two):
+    if a.shape == b.shape == both.shape and close(a, both) and close(b, both):
         return SHARED
-    if one.dim() == two.dim():
-        for dim, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)):
-            others = [i for i in range(one.dim()) if i != dim]
-            if m != 2 * n or any(one.shape[i] != two.shape[i] for i in others):
+    if a.dim() == both.dim() and a.shape == b.shape:
+        for dim in range(a.dim()):
+            doubled = [n * (1 + (i == dim)) for i, n in enumerate(a.shape)]
+            if list(both.shape) != doubled or not a.shape[dim]:
                 continue
             for interleaved in (False, True):
                 layout = Layout(dim, interleaved)
-                if _close(one, layout.by_sample(two, 2)[0].reshape(one.shape)):
+                parts = layout.by_sample(both, 2)
+                if close(a, parts[0].reshape(a.shape)) and close(
+                    b, parts[1].reshape(b.shape)
+                ):
                     return layout
     raise UnsupportedLayerError(
-        f"layer {name!r} does not see the samples one by one",
-        got=f"an input of shape {tuple(one.shape)} for one sample and "
-        f"{tuple(two.shape)} for two, that does not hold the first again",
+        f"{owner} does not see the samples one by one",
+        got=f"{what} of shape {tuple(a.shape)} for one sample and "
+        f"{tuple(both.shape)} for two, that does not hold the same values again",
         wanted="every sample treated alike, whatever else is in the batch",
-        fix="put norms into eval mode, and let no operation mix samples",
+        fix="put norms and dropout into eval mode, and let no operation mix samples",
     )
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two inputs differ by rounding only."""
-    if not a.is_floating_point():
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors differ by rounding only."""
+    if not a.is_floating_point() or a.numel() == 0:
         return a.equal(b)
-    if a.numel() == 0:
+    same = a == b  # infinities, as in masks
+    if bool(same.all()):
         return True
     tolerance = 1e-3 if a.dtype.itemsize > 2 else 3e-2
-    largest = float(a.abs().max())
-    return not float((a - b).abs().max()) > tolerance * largest
+    finite = a.isfinite() & b.isfinite()
+    largest = float(torch.where(finite, a, 0).abs().max())
+    apart = torch.where(same | (a.isnan() & b.isnan()), 0, (a - b).abs())
+    return bool((apart <= tolerance * largest).all())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["FisherMoments"]
 
 FORMAT, VERSION = "fitcompress-fisher", 1
+KINDS = ("trace", "squares", "activations")  # of sums
 
 
 @dataclass
@@ -121,7 +122,7 @@ class FisherMoments:
         Raises:
             DataError: They are of different weights or kinds.
         """
-        for kind in ("trace", "squares", "activations"):
+        for kind in KINDS:
             mine, others = (
                 {name: tuple(t.shape) for name, t in getattr(m, kind).items()}
                 for m in (self, other)
@@ -136,7 +137,7 @@ class FisherMoments:
                     fix="merge estimates of one model with the same options",
                 )
         merged = copy.deepcopy(self)
-        for kind in ("trace", "squares", "activations"):
+        for kind in KINDS:
             for name, sums in getattr(merged, kind).items():
                 sums += getattr(other, kind)[name].to(sums.device)
         merged.samples += other.samples
@@ -149,18 +150,42 @@ class FisherMoments:
     def all_reduce(self, group: Any = None) -> None:
         """Add up the moments of all processes of a ``torch.distributed`` group.
 
-        Each process counts its own samples, which must not overlap.
+        Each process counts its own samples, which must not overlap. Weights that only
+        some of them have reached count as zero in the others; those that one of them
+        could not measure are left out.
 
         Args:
             group: The process group; None is the default one.
         """
         import torch.distributed as dist
 
+        mine = {
+            "sizes": {
+                (kind, name): tuple(sums.shape)
+                for kind in KINDS
+                for name, sums in getattr(self, kind).items()
+            },
+            "unsupported": self.unsupported,
+            "forms": self.forms,
+        }
+        all_: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(all_, mine, group=group)
+        for other in all_:
+            self.unsupported = {**other["unsupported"], **self.unsupported}
+            self.forms = {**other["forms"], **self.forms}
+        sizes = {key: size for other in all_ for key, size in other["sizes"].items()}
         counts = torch.tensor(
             [self.samples, self.loss, self.batches], dtype=torch.float64
         )
-        sums = [counts, *self.trace.values(), *self.squares.values()]
-        sums += self.activations.values()
+        sums = [counts]
+        for (kind, name), size in sizes.items():  # in the same order everywhere
+            held = getattr(self, kind)
+            if name not in self.unsupported:
+                dtype = torch.float32 if kind == "squares" else torch.float64
+                sums.append(held.setdefault(name, torch.zeros(size, dtype=dtype)))
+            else:
+                held.pop(name, None)
+                self.forms.pop(name, None)
         gpu = "nccl" in str(dist.get_backend(group))
         for tensor in sums:
             there = tensor.cuda() if gpu and not tensor.is_cuda else tensor
@@ -191,8 +216,9 @@ class FisherMoments:
         """Return the contents of a file, ``extra`` among the metadata."""
         tensors = {
             f"{kind}/{name}": sums.detach().cpu().contiguous()
-            for kind in ("trace", "squares", "activations")
+            for kind in KINDS
             for name, sums in getattr(self, kind).items()
+            if name in self.trace
         }
         counts = {
             "version": VERSION,
@@ -235,7 +261,7 @@ class FisherMoments:
                 forms=dict(counts["forms"]),
                 unsupported=dict(counts["unsupported"]),
             )
-            for kind in ("trace", "squares", "activations"):
+            for kind in KINDS:
                 sums = getattr(moments, kind)
                 for name in counts["names"]:
                     if f"{kind}/{name}" in tensors:

@@ -12,51 +12,82 @@ from fitcompress.data.batches import part, tensors
 from fitcompress.errors import UnsupportedLayerError
 from fitcompress.model.forward import call_model
 from fitcompress.sensitivity.capture import Capture, capturing
-from fitcompress.sensitivity.layout import EXPANDED, SHARED, Layout, find_layout
+from fitcompress.sensitivity.layout import (
+    EXPANDED,
+    SHARED,
+    Layout,
+    close,
+    find_layout,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fitcompress.sensitivity.calls import Call
     from fitcompress.sensitivity.weights import Weight, WeightIndex
 
-__all__ = ["Probe", "probe"]
+__all__ = ["Place", "Probe", "input_shapes", "probe"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call finds the samples of a batch.
+
+    Attributes:
+        layout: How they lie in its input.
+        shape: Shape of the input for one sample.
+    """
+
+    layout: Layout
+    shape: tuple[int, ...]
+
+    def fits(self, tensor: torch.Tensor, batch: int) -> bool:
+        """Whether an input has the shape that a batch must give it."""
+        wanted = list(self.shape)
+        if self.layout.dim >= 0 and not self.layout.expanded:
+            wanted[self.layout.dim] *= batch
+        return list(tensor.shape) == wanted
 
 
 @dataclass
 class Probe:
-    """How a model treats a batch.
+    """How a model treats batches of samples of one shape.
 
     Attributes:
-        layouts: Weight → where the samples are in the input of each of its calls.
+        places: Weight → where each of its calls finds the samples.
         bytes_per_sample: What autograd keeps of a sample for the backward pass.
         alone: Whether samples must run one by one: a layer gives one result for all
             of them, and the gradient of that is a sum over samples; or the rows that it
             sees depend on values, as those of an expert.
+        copy_inputs: Whether something changes the input of a layer in place.
         single: Whether there was only one sample to look at.
     """
 
-    layouts: dict[Weight, list[Layout]] = field(default_factory=dict)
+    places: dict[Weight, list[Place]] = field(default_factory=dict)
     bytes_per_sample: int = 0
     alone: bool = False
+    copy_inputs: bool = False
     single: bool = False
-
-    def layout(self, weight: Weight, number: int) -> Layout:
-        """Return where the samples are in the input of the ``number``-th call."""
-        known = self.layouts.get(weight, [])
-        return known[min(number, len(known) - 1)] if known else Layout(0)
 
 
 @dataclass
 class _Seen:
     """One forward pass: the inputs of all calls, its outputs, and what it keeps."""
 
-    calls: dict[Weight, list[torch.Tensor]] = field(default_factory=dict)
+    calls: dict[Weight, list[tuple[Call, torch.Tensor]]] = field(default_factory=dict)
     outputs: list[torch.Tensor] = field(default_factory=list)
     saved: dict[int, int] = field(default_factory=dict)  # address → bytes
     irregular: bool = False
+    stale: bool = False
+
+
+def input_shapes(x: Any) -> tuple[Any, ...]:
+    """Return the shapes of a sample's inputs: a model may treat others differently."""
+    return tuple((t.shape[1:], t.dtype) for t in tensors(x))
 
 
 def probe(model: nn.Module, index: WeightIndex, x: Any, batch: int) -> Probe:
-    """Run a sample alone and together with another one, and compare what layers see.
+    """Run two samples, each alone and both together, and compare what layers see.
 
     Args:
         model: The network.
@@ -65,52 +96,33 @@ def probe(model: nn.Module, index: WeightIndex, x: Any, batch: int) -> Probe:
         batch: B.
 
     Raises:
-        UnsupportedLayerError: A layer mixes samples.
+        UnsupportedLayerError: The output of a sample depends on the others.
     """
     one = _look(model, index, part(x, slice(0, 1)))
-    found = Probe(bytes_per_sample=sum(one.saved.values()), single=batch == 1)
+    found = Probe(
+        bytes_per_sample=sum(one.saved.values()),
+        copy_inputs=one.stale,
+        single=batch == 1,
+    )
     if batch == 1:
         return found
-    pair = part(x, _pair(x, batch))
-    two = _look(model, index, pair)
+    pair = _pair(x, batch)
+    other = _look(model, index, part(x, slice(pair.stop - 1, pair.stop)))
+    two = _look(model, index, part(x, pair))
+    try:
+        outputs = _independent(one, other, two)
+    except UnsupportedLayerError:
+        _places(one, other, two)  # names the first layer that sees it, if there is one
+        raise
     found.alone = one.irregular or two.irregular
     try:
-        found.layouts = _layouts(one, two)
+        found.places = _places(one, other, two)
     except UnsupportedLayerError:
-        if not _independent(one, two):
-            raise
         found.alone = True
-    if not found.alone and any(SHARED in each for each in found.layouts.values()):
-        found.alone = not _expand(model, index, pair, found, two)
+    shared = [p for each in found.places.values() for p in each if p.layout == SHARED]
+    if shared and not found.alone:
+        found.alone = not _expand(model, index, part(x, pair), found, two, outputs)
     return found
-
-
-def _layouts(one: _Seen, two: _Seen) -> dict[Weight, list[Layout]]:
-    """Find where the samples are in the input of every call."""
-    found: dict[Weight, list[Layout]] = {}
-    for weight in {**one.calls, **two.calls}:
-        inputs, others = (seen.calls.get(weight, []) for seen in (one, two))
-        if len(inputs) != len(others):
-            raise UnsupportedLayerError(
-                f"layer {weight.name!r} is called more or less often for more samples",
-                got=f"{len(inputs)} calls for one and {len(others)} for two",
-            )
-        found[weight] = [
-            find_layout(weight.name, *both) for both in zip(inputs, others, strict=True)
-        ]
-    return found
-
-
-def _independent(one: _Seen, two: _Seen) -> bool:
-    """Whether a sample's output is the same, whatever else is in the batch."""
-    if len(one.outputs) != len(two.outputs):
-        return False
-    try:
-        for both in zip(one.outputs, two.outputs, strict=True):
-            find_layout("the output", *both)
-    except UnsupportedLayerError:
-        return False
-    return True
 
 
 def _pair(x: Any, batch: int) -> slice:
@@ -124,56 +136,161 @@ def _pair(x: Any, batch: int) -> slice:
 
 
 def _look(
-    model: nn.Module, index: WeightIndex, x: Any, layouts: Probe | None = None
+    model: nn.Module,
+    index: WeightIndex,
+    x: Any,
+    change: Callable[[Call, int, torch.Tensor], torch.Tensor] | None = None,
 ) -> _Seen:
-    """Run the forward pass and note what the layers see."""
+    """Run the forward pass and note what the layers see.
+
+    Args:
+        model: The network.
+        index: The weights to look for.
+        x: Inputs.
+        change: (call, its number among those of the weight, its result) → a result to
+            go on with.
+    """
     seen = _Seen()
 
     def caught(call: Call, out: torch.Tensor) -> torch.Tensor:
         assert call.input is not None
-        inputs = seen.calls.setdefault(call.part.weight, [])
-        if layouts and layouts.layout(call.part.weight, len(inputs)) == EXPANDED:
-            out = out.expand(2, *out.shape[1:])
-        inputs.append(call.input.detach().clone())
+        calls = seen.calls.setdefault(call.part.weight, [])
+        if change is not None:
+            out = change(call, len(calls), out)
+        calls.append((call, call.input.detach().clone()))
         keep(call.input)
         return capture.anchored(out)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if any(isinstance(t, nn.Parameter) for t in (tensor, tensor._base)):
-            return tensor  # is there anyway
-        storage = tensor.untyped_storage()
-        seen.saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        """Count what autograd saves; detached, or a result would hold itself."""
+        if not any(isinstance(t, nn.Parameter) for t in (tensor, tensor._base)):
+            storage = tensor.untyped_storage()
+            seen.saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
 
     capture = Capture(index, caught)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.enable_grad(), hooks, capturing(model, capture):
         out = call_model(model, x)
+    capture.caught = lambda _, out: out  # no cycle: what was seen goes at once
     seen.irregular = capture.irregular
-    seen.outputs = [tensor.detach() for tensor in tensors(out)]
+    seen.outputs = [tensor.detach() for tensor in tensors(out) if tensor.dim()]
+    for calls in seen.calls.values():
+        for call, before in calls:
+            assert call.input is not None
+            seen.stale |= not torch.equal(call.input.detach(), before)
+            call.input = None  # its graph holds what counts its tensors
     return seen
 
 
+def _independent(one: _Seen, other: _Seen, two: _Seen) -> list[Layout]:
+    """Return where the samples are in the outputs, which must not depend on each other.
+
+    Raises:
+        UnsupportedLayerError: They do.
+    """
+    if not len(one.outputs) == len(other.outputs) == len(two.outputs):
+        raise UnsupportedLayerError(
+            "the number of the model's outputs depends on the batch",
+            got=f"{len(one.outputs)} tensors for one sample and {len(two.outputs)} for "
+            "two",
+        )
+    return [
+        find_layout("the model", "an output", *each)
+        for each in zip(one.outputs, other.outputs, two.outputs, strict=True)
+    ]
+
+
+def _places(one: _Seen, other: _Seen, two: _Seen) -> dict[Weight, list[Place]]:
+    """Find where the samples are in the input of every call.
+
+    Raises:
+        UnsupportedLayerError: They are not there, or not as many times.
+    """
+    found: dict[Weight, list[Place]] = {}
+    for weight in {**one.calls, **other.calls, **two.calls}:
+        calls = [seen.calls.get(weight, []) for seen in (one, other, two)]
+        if len({len(each) for each in calls}) > 1:
+            raise UnsupportedLayerError(
+                f"layer {weight.name!r} is called more often for some samples",
+                got=f"{len(calls[0])} calls for one and {len(calls[2])} for two",
+            )
+        places = []
+        for (call, a), (_, b), (_, both) in zip(*calls, strict=True):
+            layout = find_layout(f"layer {weight.name!r}", "an input", a, b, both)
+            if call.stride and layout.dim > 0:
+                raise UnsupportedLayerError(
+                    f"samples lie in a dimension that layer {weight.name!r} slides over"
+                )
+            places.append(Place(layout, tuple(a.shape)))
+        found[weight] = places
+    return found
+
+
 def _expand(
-    model: nn.Module, index: WeightIndex, pair: Any, found: Probe, two: _Seen
+    model: nn.Module,
+    index: WeightIndex,
+    pair: Any,
+    found: Probe,
+    two: _Seen,
+    outputs: list[Layout],
 ) -> bool:
-    """Try to give every sample a result of its own of layers that see all at once."""
-    before = dict(found.layouts)
-    for weight, layouts in before.items():
-        for layout, seen in zip(layouts, two.calls[weight], strict=True):
-            if layout == SHARED and (seen.dim() < 2 or len(seen) != 1):
-                return False
-        found.layouts[weight] = [
-            EXPANDED if layout == SHARED else layout for layout in layouts
-        ]
+    """Try to give every sample a result of its own of layers that see all at once.
+
+    Such a result, [1, …], is expanded to the samples. That is right if the output of
+    each depends on its own copy only, which is tried by disturbing copies.
+    """
+    shared = {
+        (weight, number)
+        for weight, places in found.places.items()
+        for number, place in enumerate(places)
+        if place.layout == SHARED
+    }
+    seen = [two.calls[weight][number][1] for weight, number in shared]
+    if any(each.dim() < 2 or len(each) != 1 for each in seen):
+        return False
+
+    def run(disturbed: tuple[int, ...]) -> list[torch.Tensor]:
+        def change(call: Call, number: int, out: torch.Tensor) -> torch.Tensor:
+            if (call.part.weight, number) not in shared:
+                return out
+            out = out.expand(2, *out.shape[1:])
+            if disturbed:
+                added = 0.5 * out.detach().roll(1, -1) + 0.1
+                on = torch.zeros(2, *[1] * (out.dim() - 1), dtype=out.dtype)
+                on[list(disturbed)] = 1
+                out = out + added * on.to(out.device)
+            return out
+
+        return _look(model, index, pair, change).outputs
+
     try:
-        outputs = _look(model, index, pair, found).outputs
-    except (RuntimeError, ValueError):  # shapes do not fit, or it is changed in place
-        outputs = []
-    same = len(outputs) == len(two.outputs) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, equal_nan=True)
-        for a, b in zip(outputs, two.outputs, strict=True)
-    )
-    if not same:
-        found.layouts = before
-    return same
+        none, first, second, both = run(()), run((0,)), run((1,)), run((0, 1))
+    except (RuntimeError, ValueError, IndexError):  # shapes do not fit
+        return False
+    checked = 0
+    for i, layout in enumerate(outputs):
+        if layout == SHARED:
+            continue
+        plain = two.outputs[i]
+        if not plain.shape == none[i].shape == both[i].shape or not close(
+            plain, none[i]
+        ):
+            return False
+        base, one, other, all_ = (
+            layout.by_sample(t, 2) for t in (none[i], first[i], second[i], both[i])
+        )
+        checked += 1
+        if not (
+            close(one[0], all_[0])
+            and close(one[1], base[1])
+            and close(other[1], all_[1])
+            and close(other[0], base[0])
+        ):
+            return False
+    if not checked:
+        return False
+    for weight, number in shared:
+        place = found.places[weight][number]
+        found.places[weight][number] = Place(EXPANDED, place.shape)
+    return True

@@ -146,6 +146,7 @@ class WeightIndex:
         self.weights = weights
         # The tensors are kept, so that no other one can get the address of a dead one.
         self._known: dict[int, tuple[torch.Tensor, Weight]] = {}
+        self._learned: dict[int, tuple[torch.Tensor, Weight]] = {}
         self._strangers: dict[int, torch.Tensor] = {}
         self._refresh()
 
@@ -157,13 +158,25 @@ class WeightIndex:
                     tensor = getattr(module, name)
                     self._known[id(tensor)] = (tensor, weight)
 
+    def learn(self, tensor: torch.Tensor, weight: Weight) -> None:
+        """Take a tensor that a module has computed for its weight, until ``forget``."""
+        self._learned[id(tensor)] = (tensor, weight)
+
+    def forget(self) -> None:
+        """Let go of what only the last run knew."""
+        self._learned.clear()
+        self._strangers.clear()
+
+    def _find(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Weight] | None:
+        return self._known.get(id(tensor)) or self._learned.get(id(tensor))
+
     def weight_of(self, tensor: Any) -> Weight | None:
         """Return the weight that a tensor is, or is a view of, or None."""
         if not isinstance(tensor, torch.Tensor):
             return None
-        found = self._known.get(id(tensor))
+        found = self._find(tensor)
         if found is None and tensor._base is not None:
-            found = self._known.get(id(tensor._base))
+            found = self._find(tensor._base)
         return None if found is None else found[1]
 
     def part_of(self, tensor: Any) -> Part | None:
@@ -176,13 +189,13 @@ class WeightIndex:
         if not isinstance(tensor, torch.Tensor):
             return None
         base = tensor if tensor._base is None else tensor._base
-        found = self._known.get(id(base))
+        found = self._find(base)
         if found is None:
             # Sharded modules hold other parameters while they run.
             if not isinstance(base, nn.Parameter) or id(base) in self._strangers:
                 return None
             self._refresh()
-            found = self._known.get(id(base))
+            found = self._find(base)
             if found is None:
                 self._strangers[id(base)] = base
                 return None

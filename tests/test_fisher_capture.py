@@ -522,6 +522,22 @@ def test_norms_that_couple_samples_are_refused(model) -> None:
         FisherEstimator(model).update(torch.randn(6, 4), labels(6), cross_entropy)
 
 
+def test_active_dropout_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))
+    with pytest.raises(CalibrationError, match=r"dropout.*'1'"):
+        FisherEstimator(model).update(torch.randn(6, 4), labels(6), cross_entropy)
+
+
+@pytest.mark.parametrize(
+    "mix", [lambda h: h - h.mean(0), lambda h: h - 0.5 * h[:1], lambda h: h.cumsum(0)]
+)
+def test_outputs_that_depend_on_other_samples_are_refused(mix) -> None:
+    torch.manual_seed(0)
+    model = Function(lambda m, x: mix(m.out(x)), out=nn.Linear(4, 3)).eval()
+    with pytest.raises(UnsupportedLayerError, match="the model does not see"):
+        FisherEstimator(model).update(torch.randn(6, 4), labels(6), cross_entropy)
+
+
 def test_other_layers_that_mix_samples_are_refused() -> None:
     class Centred(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,19 @@ def test_train_mode_is_switched_loudly(net, images, caplog) -> None:
     same(loud, quiet)
 
 
+def test_a_loss_that_is_no_mean_is_noticed(net, images, caplog) -> None:
+    weights = torch.tensor([1.0, 5.0, 1.0, 1.0, 1.0])
+    for loss, warned in (
+        (cross_entropy, False),
+        (nn.CrossEntropyLoss(reduction="sum"), True),
+        (nn.CrossEntropyLoss(weight=weights), True),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            fc.measure_fisher(net, batches(images)[:1], loss, progress=False)
+        assert ("not the mean of the losses" in caplog.text) == warned
+
+
 def test_it_stops_when_the_error_is_small_enough(net, images) -> None:
     many = batches(images.repeat(20, 1, 1, 1))
     whole = fc.measure_fisher(net, many, cross_entropy, progress=False)

@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fitcompress.data.batches import batch_size, digest, split_named, take, tensors
+from fitcompress.data.batches import (
+    batch_size,
+    digest,
+    part,
+    split_named,
+    take,
+    tensors,
+)
 from fitcompress.errors import OptionError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, fingerprint
+from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
@@ -188,6 +196,8 @@ def estimate(
         Bar("measure: Fisher moments", samples, enabled=progress) as bar,
     ):
         for number, (x, y) in enumerate(batches):
+            if number == resume and loss_fn is not None:
+                _warn_unless_mean(model, x, y, loss_fn)
             if number >= resume:
                 estimator.update(x, y, loss_fn or _sampled(x, seed, number))
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
@@ -206,6 +216,29 @@ def estimate(
         while running and not error < tolerance:  # the others may have more data
             error, running = _common_error(estimator.moments, group, running=False)
     return estimator.moments
+
+
+def _warn_unless_mean(
+    model: nn.Module, x: Any, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
+) -> None:
+    """Warn if the loss of two samples is not the mean of their losses."""
+    if batch_size(x) < 2:
+        return
+    with torch.no_grad():
+        both, *alone = [
+            float(loss_fn(call_model(model, part(x, cut)), part(y, cut)))
+            for cut in (slice(0, 2), slice(0, 1), slice(1, 2))
+        ]
+    mean = sum(alone) / 2
+    if abs(both - mean) > 1e-3 * max(abs(each) for each in (both, *alone)):
+        logger.warning(
+            "the loss is not the mean of the losses of the samples: %.6g for two "
+            "together, %.6g and %.6g alone; moments are those of B times its gradient. "
+            "Use reduction='mean', without class weights, and average the tokens of a "
+            "sample before the samples",
+            both,
+            *alone,
+        )
 
 
 def _sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:

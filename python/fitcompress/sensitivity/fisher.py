@@ -54,6 +54,7 @@ class FisherEstimator:
         activations: Accumulate ‖∂ℓ_i/∂x_i‖² of the inputs of linear maps and
             convolutions, too. It is the gradient of the tensor x: where several layers
             read x, that of all of them. Costs the input gradient of the first layer.
+            Inputs that all samples share, as positions, have none.
         memory: Bytes that the activations of a micro-batch may take, about; larger
             batches are cut. At least one sample is taken.
         moments: Sums to continue, from an interrupted estimate.
@@ -144,6 +145,20 @@ class FisherEstimator:
         return -(-batch // -(-batch // most))
 
     def _check_modes(self) -> None:
+        random = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+            and module.training
+            and module.p > 0
+        ]
+        if random:
+            raise CalibrationError(
+                "dropout would measure another network in every batch",
+                got=f"{len(random)} in train mode, such as {random[0]!r}",
+                wanted="dropout in eval mode",
+                fix="call model.eval() first",
+            )
         coupled = [
             name
             for name, module in self.model.named_modules()

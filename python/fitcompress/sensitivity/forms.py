@@ -92,10 +92,7 @@ def choose_form(c: Contraction) -> str:
 
 
 def accumulate(
-    c: Contraction,
-    squares: torch.Tensor | None,
-    norms: torch.Tensor,
-    scale: float = 1.0,
+    c: Contraction, squares: torch.Tensor | None, norms: torch.Tensor
 ) -> str:
     """Add the squares of every sample's gradient.
 
@@ -103,46 +100,29 @@ def accumulate(
         c: The gradient.
         squares: [groups·O, I] float32, Σ_i G_i ∘ G_i; None if only norms are wanted.
         norms: [B] float64, ‖G_i‖².
-        scale: Factor of all squares.
 
     Returns:
         The form that was used for the norms.
     """
     form = choose_form(c)
+    shape = (c.kernel, c.stride, c.dilation, c.groups, c.images)
     if form == "outer":
-        _outer(c, squares, norms, scale)
+        _outer(c, squares, norms)
     elif form in NORMS_ONLY and squares is None:
-        NORMS_ONLY[form](
-            norms,
-            c.rows,
-            c.columns,
-            c.kernel,
-            c.stride,
-            c.dilation,
-            c.groups,
-            c.images,
-            scale,
-        )
+        NORMS_ONLY[form](norms, c.rows, c.columns, *shape)
     else:
         form = "direct"
-        ops.square_accumulate_(
-            squares, norms, c.rows, c.columns, c.kernel, c.stride, c.dilation, c.groups,
-            c.images, scale,
-        )  # fmt: skip
+        ops.square_accumulate_(squares, norms, c.rows, c.columns, *shape)
     return form
 
 
-def _outer(
-    c: Contraction, squares: torch.Tensor | None, norms: torch.Tensor, scale: float
-) -> None:
+def _outer(c: Contraction, squares: torch.Tensor | None, norms: torch.Tensor) -> None:
     """A single position: G_i = e aᵀ, so that squares are products of squares."""
     e = c.rows.flatten(1).float().square()
     a = c.columns.flatten(1).float().square()
-    norms.add_(
-        e.sum(1, dtype=torch.float64) * a.sum(1, dtype=torch.float64), alpha=scale
-    )
+    norms += e.sum(1, dtype=torch.float64) * a.sum(1, dtype=torch.float64)
     if squares is not None:
-        squares.add_(e.mT @ a, alpha=scale)
+        squares += e.mT @ a
 
 
 def accumulate_entries(

@@ -225,10 +225,13 @@ def _warn_unless_mean(
     if batch_size(x) < 2:
         return
     with torch.no_grad():
-        both, *alone = [
-            float(loss_fn(call_model(model, part(x, cut)), part(y, cut)))
+        losses = [
+            loss_fn(call_model(model, part(x, cut)), part(y, cut))
             for cut in (slice(0, 2), slice(0, 1), slice(1, 2))
         ]
+    if not all(torch.is_tensor(loss) and loss.numel() == 1 for loss in losses):
+        return  # the estimator says what is wrong with it
+    both, *alone = map(float, losses)
     mean = sum(alone) / 2
     if abs(both - mean) > 1e-3 * max(abs(each) for each in (both, *alone)):
         logger.warning(

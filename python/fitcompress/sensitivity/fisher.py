@@ -33,7 +33,7 @@ __all__ = ["FisherEstimator"]
 
 logger = logging.getLogger(__name__)
 
-MEMORY = 2 << 30  # bytes that the activations of a micro-batch may take
+MEMORY = 512 << 20  # bytes that the activations of a micro-batch may take
 
 NORMS = nn.modules.batchnorm._BatchNorm
 

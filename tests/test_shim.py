@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fitcompress import ops
+from fitcompress.ops import library
 
 CSRC = Path(__file__).parents[1] / "csrc"
 HEADER = CSRC / "torch" / "stable_abi.h"
@@ -121,17 +122,17 @@ def test_same_bits_on_every_instruction_set(tmp_path):
 def test_an_old_torch_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     with pytest.raises(ImportError, match=r"needs torch 2\.10 or newer, found 2\.9\.1"):
-        ops._load_library()
+        library._load_library()
 
 
 def test_a_missing_library_is_an_import_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="without its native library"):
-        ops._load_library()
+        library._load_library()
 
 
 def test_loading_twice_registers_once():
-    assert ops._load_library() is not None
+    assert library._load_library() is not None
 
 
 @pytest.mark.cuda

@@ -10,8 +10,13 @@ add_library(fitcompress_ops MODULE
   csrc/compensate/beam_sweep.cpp
   csrc/compensate/error_feedback_sweep.cpp
   csrc/compensate/input_moments.cpp
+  csrc/distortion/cells.cpp
+  csrc/distortion/clipping.cpp
   csrc/distortion/distortion_table.cpp
-  csrc/distortion/partition.cpp
+  csrc/distortion/inspection.cpp
+  csrc/distortion/magnitude_histogram.cpp
+  csrc/distortion/slots.cpp
+  csrc/distortion/thresholds.cpp
   csrc/fisher/ghost_norms.cpp
   csrc/fisher/ghost_plan.cpp
   csrc/fisher/square_accumulate.cpp
@@ -22,6 +27,7 @@ add_library(fitcompress_ops MODULE
   csrc/torch/fake_quantize_prune.cpp
   csrc/torch/ghost_norms.cpp
   csrc/torch/input_moments.cpp
+  csrc/torch/magnitude_histogram.cpp
   csrc/torch/ops.cpp
   csrc/torch/parallel.cpp
   csrc/torch/square_accumulate.cpp
@@ -69,10 +75,15 @@ if(CMAKE_CUDA_COMPILER)
   set(CUDA_EXACT
     csrc/compensate/beam_sweep.cu
     csrc/compensate/error_feedback_sweep.cu
-    csrc/distortion/distortion_table.cu
+    csrc/distortion/clipping.cu
+    csrc/distortion/inspection.cu
+    csrc/distortion/magnitude_histogram.cu
+    csrc/distortion/slots.cu
+    csrc/distortion/thresholds.cu
     csrc/quantize/fake_quantize_prune.cu)
   set_source_files_properties(${CUDA_EXACT} PROPERTIES COMPILE_OPTIONS -fmad=false)
   target_sources(fitcompress_ops PRIVATE ${CUDA_EXACT}
+    csrc/distortion/device_table.cpp
     csrc/fisher/ghost_norms.cu
     csrc/fisher/operand.cu
     csrc/fisher/partial_sums.cu

@@ -41,6 +41,53 @@ def test_equals_the_twin(shape, dtype, per_row, masked, max_code):
     torch.testing.assert_close(grads[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize(("min_code", "max_code"), [(None, 0), (0, 15), (-3, 4)])
+@pytest.mark.parametrize("group", [1, 8, 32, 60, 10_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (0, 3), (7, 3), (3, 517), (2, 8195)], ids=str)
+def test_groups_bounds_and_regrowth(shape, dtype, group, min_code, max_code, regrow):
+    weight, _, mask = example(shape, dtype)
+    rows = shape[0]
+    groups = rows * -(-(weight.numel() // max(rows, 1)) // group)
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.rand(groups, generator=generator) * 0.5 - 0.02  # some not positive
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    options = {"min_code": min_code, "group": group, "regrow": regrow}
+    result = ops.fake_quantize_prune(weight, scale, mask, max_code, **options)
+    expected = reference.fake_quantize_prune(weight, scale, mask, max_code, **options)
+    assert torch.equal(result, expected)
+    grads = backward(grad, weight, scale, mask, max_code, *options.values())
+    expected = reference.fake_quantize_prune_backward(
+        grad, weight, scale, mask, max_code, **options
+    )
+    assert torch.equal(grads[0], expected[0])
+    torch.testing.assert_close(grads[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_groups_by_hand():
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    scale = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    result = ops.fake_quantize_prune(weight, scale, None, 1, min_code=0, group=2)
+    assert result.tolist() == [[1.0, 1.0, 2.0], [4.0, 4.0, 8.0]]
+    grads = backward(torch.ones(2, 3), weight, scale, None, 1, 0, 2, False)
+    # 3/2 and 6/8 round to 2 and 1, 4/4 and 5/4 to 1
+    assert grads[0].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert grads[1].tolist() == [1.0, 1.0, 1 - 5 / 4, 1 - 6 / 8]
+
+
+def test_regrowth_lets_masked_weights_come_back():
+    weight, scale = torch.tensor([0.4, 2.6, 9.0]), torch.ones(1)
+    mask = ops.pack_mask(torch.tensor([0, 1, 0]))
+    grad = torch.tensor([5.0, 7.0, 11.0])
+    kept = backward(grad, weight, scale, mask, 3, None, 0, False)
+    back = backward(grad, weight, scale, mask, 3, None, 0, True)
+    assert kept[0].tolist() == [0.0, 7.0, 0.0]
+    assert back[0].tolist() == [5.0, 7.0, 0.0]  # the last one is clipped
+    assert torch.equal(kept[1], back[1])
+    assert not ops.fake_quantize_prune(weight, scale, mask, 3, regrow=True)[0]
+
+
 def test_by_hand():
     weight = torch.tensor([[0.5, 1.5, -2.5, 9.0], [0.5, 1.5, -2.5, 9.0]])
     scale = torch.tensor([1.0, 2.0])
@@ -80,6 +127,22 @@ def test_large_codes_are_exact():
 def test_zeros_have_no_sign():
     result = ops.fake_quantize_prune(torch.tensor([-0.0, -0.1]), torch.ones(1))
     assert result.signbit().tolist() == [False, False]
+
+
+def test_masked_nan_does_not_reach_the_scale():
+    weight = torch.tensor([float("nan"), 1.2])
+    mask = ops.pack_mask(torch.tensor([0, 1]))
+    grads = backward(torch.ones(2), weight, torch.ones(1), mask, 3)
+    assert grads[0].tolist() == [0.0, 1.0]
+    torch.testing.assert_close(grads[1], torch.tensor([-0.2]))
+
+
+def test_bounds_beyond_the_exact_integers():
+    weight = torch.tensor([2.0**23 + 1, -(2.0**25), 0.5, 1.5, -3.7])
+    for max_code in (2**22 - 1, 2**22, 2**23 + 1, 2**40):
+        result = ops.fake_quantize_prune(weight, torch.ones(1), None, max_code)
+        expected = weight.round().clamp(-float(max_code), float(max_code))
+        assert torch.equal(result, expected)
 
 
 def test_nan_and_infinity():
@@ -125,105 +188,6 @@ def test_same_bits_for_any_number_of_threads():
     assert torch.equal(grads[2][1], grads[3][1])
 
 
-@pytest.mark.parametrize("max_code", [0, 2])
-def test_autograd_uses_the_backward_op(max_code):
-    weight, scale, mask = example((4, 9))
-    weight.requires_grad_()
-    scale.requires_grad_()
-    grad = torch.randn(4, 9)
-    ops.fake_quantize_prune(weight, scale, mask, max_code).backward(grad)
-    expected = reference.fake_quantize_prune_backward(
-        grad, weight.detach(), scale.detach(), mask, max_code
-    )
-    assert torch.equal(weight.grad, expected[0])
-    torch.testing.assert_close(scale.grad, expected[1])
-
-
-def test_scale_gradient_is_a_finite_difference():
-    # d/dΔ of Δ·k at a fixed code is k, and STE adds −w/Δ: the clipped weights alone
-    # have a derivative in the ordinary sense
-    weight = torch.tensor([5.3, -8.1, 100.0])
-    scale = torch.tensor([0.5], requires_grad=True)
-    grad = torch.tensor([1.0, 2.0, 3.0])
-    (ops.fake_quantize_prune(weight, scale, None, 3) * grad).sum().backward()
-    with torch.no_grad():
-        above, below = (
-            (ops.fake_quantize_prune(weight, scale + e, None, 3) * grad).sum()
-            for e in (0.125, -0.125)
-        )
-    assert scale.grad.item() == ((above - below) / 0.25).item()
-
-
-def test_composition_of_torch_ops_has_the_same_gradient():
-    weight, scale, _ = example((4, 9), masked=False)
-    results = []
-    for native in (True, False):
-        w = weight.clone().requires_grad_()
-        s = scale.clone().requires_grad_()
-        if native:
-            out = ops.fake_quantize_prune(w, s, None, 2)
-        else:
-            x = w / s[:, None]
-            # identity inside the range that rounds to q, constant outside
-            x = torch.where(x.detach().round().abs() <= 2, x, x.detach().sign() * 2)
-            out = s[:, None] * (x + (x.round() - x).detach())
-        out.square().sum().backward()
-        results.append((out.detach(), w.grad, s.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-class Quantized(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(8, 6, generator=generator))
-        self.scale = torch.nn.Parameter(torch.full((8,), 0.2))
-        self.register_buffer("mask", ops.pack_mask(self.weight.abs() > 0.3))
-
-    def forward(self, x):
-        weight = ops.fake_quantize_prune(self.weight, self.scale, self.mask, 7)
-        return torch.nn.functional.linear(x, weight).relu()
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compiled_training_equals_eager(dynamic):
-    torch.compiler.reset()
-    weights = []
-    for compiled in (True, False):
-        model = Quantized()
-        step = torch.compile(
-            model,
-            fullgraph=True,
-            backend="aot_eager",
-            dynamic=dynamic,
-            disable=not compiled,
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for batch in range(3):
-            x = torch.randn(
-                5 + batch, 6, generator=torch.Generator().manual_seed(batch)
-            )
-            optimizer.zero_grad()
-            step(x).square().mean().backward()
-            optimizer.step()
-        weights.append([p.detach().clone() for p in model.parameters()])
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_opcheck(masked):
-    weight, scale, mask = example((4, 5), masked=masked)
-    forward = torch.ops.fitcompress.fake_quantize_prune.default
-    arguments = (weight.requires_grad_(), scale.requires_grad_(), mask, 3)
-    torch.library.opcheck(forward, arguments)
-    torch.library.opcheck(
-        backward.default,
-        (torch.randn(4, 5), weight.detach(), scale.detach(), mask, 3),
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,14 +196,40 @@ def test_opcheck(masked):
         ({1: torch.ones(4).double()}, "scale must be float32, got float64"),
         ({2: torch.zeros(3, dtype=torch.bool)}, "mask must be uint8, got bool"),
         ({2: torch.zeros(20, dtype=torch.uint8)}, r"shape \[3\], got \[20\]"),
+        ({4: 1}, "min_code must be at most 0, got 1"),
+        ({3: 0, 4: -1}, "min_code needs a max_code above 0, got 0"),
+        ({5: -1}, "group must be a number of columns, or 0 for the row, got -1"),
+        ({5: 2}, "one for each 2 columns of a row, 12, got 4"),
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = [*example((4, 5)), 3]
+    arguments = [*example((4, 5)), 3, None, 0]
     for place, value in change.items():
         arguments[place] = value
+    *arguments, min_code, group = arguments
     with pytest.raises(ValueError, match=f"fake_quantize_prune: .*{message}"):
-        ops.fake_quantize_prune(*arguments)
+        ops.fake_quantize_prune(*arguments, min_code=min_code, group=group)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize("group", [1, 8, 60])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 3), (3, 517), (3, 2048), (2, 8195)], ids=str)
+def test_cuda_groups_equal_cpu(shape, dtype, group, regrow):
+    weight, _, mask = example(shape, dtype)
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.rand(shape[0] * -(-shape[1] // group), generator=generator)
+    options = (15, 0, group, regrow)
+    arguments = (weight, scale, mask)
+    on_device = [x.cuda() for x in arguments]
+    forward = torch.ops.fitcompress.fake_quantize_prune
+    expected = forward(*arguments, *options)
+    assert torch.equal(forward(*on_device, *options).cpu(), expected)
+    grads = backward(on_device[0], *on_device, *options)
+    expected = backward(weight, *arguments, *options)
+    assert torch.equal(grads[0].cpu(), expected[0])
+    torch.testing.assert_close(grads[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -82,7 +82,10 @@ scale = torch.rand(40, generator=generator) + 0.1
 square = torch.randn(333, 333, generator=generator).double().triu(1) * 0.1
 results = {
     "table": list(
-        ops.distortion_table(weight, None, weight**2, [2, 4], [0.1], [0.0, 0.5])
+        ops.distortion_table(weight, weight**2, [2, 4], [0.1], [0.0, 0.5], smoothing=1)
+    ),
+    "clipped": list(
+        ops.distortion_table(weight, weight**2, [2, 4], clips=ops.CLIPS, granularity=32)
     ),
     "forward": [ops.fake_quantize_prune(weight.half(), scale, None, 7)],
     "backward": list(

@@ -17,12 +17,15 @@ constexpr const char* kSchemas[] = {
     "int[] dilation, int groups=1, int images=1, float scale=1.0) -> ()",
     "winograd_norms_(Tensor(a!) norms, Tensor output_grad, Tensor input, int[] kernel, int[] "
     "stride, int[] dilation, int groups=1, int images=1, float scale=1.0) -> ()",
-    "distortion_table(Tensor weight, Tensor? fisher, Tensor importance, int[] bits, float[] steps, "
-    "float[] sparsities) -> (Tensor distortion, Tensor nnz, Tensor entropy_bits, Tensor "
-    "grid_length, Tensor prune_length, Tensor norm)",
-    "fake_quantize_prune(Tensor weight, Tensor scale, Tensor? mask, int max_code) -> Tensor",
+    "distortion_table(Tensor weight, Tensor? fisher, Tensor? importance, int[] bits, float[] "
+    "steps, float[] sparsities, float[] clips, float smoothing, int group, float dead_zone) -> "
+    "(Tensor distortion, Tensor nnz, Tensor entropy_bits, Tensor grid_length, Tensor prune_length, "
+    "Tensor norm, Tensor threshold, Tensor position, Tensor offset, Tensor clip, Tensor range)",
+    "magnitude_histogram(Tensor weight) -> Tensor",
+    "fake_quantize_prune(Tensor weight, Tensor scale, Tensor? mask, int max_code, int? "
+    "min_code=None, int group=0, bool regrow=False) -> Tensor",
     "fake_quantize_prune_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? mask, int "
-    "max_code) -> (Tensor, Tensor)",
+    "max_code, int? min_code=None, int group=0, bool regrow=False) -> (Tensor, Tensor)",
     "error_feedback_sweep(Tensor weight, Tensor factor, Tensor scale, Tensor? mask, int max_code, "
     "int beam=1, Tensor? bits=None, float rate=0.0) -> Tensor",
     "input_moments_(Tensor(a!) second, Tensor(b!)? cross, Tensor input, Tensor? output, int[] "
@@ -40,6 +43,7 @@ constexpr Kernel kKernels[] = {
     {"ghost_norms_", boxed<ghost_norms_>},
     {"winograd_norms_", boxed<winograd_norms_>, true},
     {"distortion_table", boxed<distortion_table>},
+    {"magnitude_histogram", boxed<magnitude_histogram>},
     {"fake_quantize_prune", boxed<fake_quantize_prune>},
     {"fake_quantize_prune_backward", boxed<fake_quantize_prune_backward>},
     {"error_feedback_sweep", boxed<error_feedback_sweep>},

@@ -10,13 +10,21 @@ Only `fake_quantize_prune` has a gradient; the other functions detach their argu
 """
 
 from fitcompress.ops.compensate import error_feedback_sweep, input_moments_
-from fitcompress.ops.distortion import DistortionTable, distortion_table
+from fitcompress.ops.distortion import (
+    CLIPS,
+    DistortionTable,
+    distortion_table,
+    level_mask,
+)
 from fitcompress.ops.fisher import ghost_norms_, square_accumulate_, winograd_norms_
+from fitcompress.ops.histogram import MAGNITUDE_BINS, magnitude_histogram
 from fitcompress.ops.library import has_cuda, instruction_set
 from fitcompress.ops.masks import pack_mask, unpack_mask
 from fitcompress.ops.quantize import fake_quantize_prune
 
 __all__ = [
+    "CLIPS",
+    "MAGNITUDE_BINS",
     "DistortionTable",
     "distortion_table",
     "error_feedback_sweep",
@@ -25,6 +33,8 @@ __all__ = [
     "has_cuda",
     "input_moments_",
     "instruction_set",
+    "level_mask",
+    "magnitude_histogram",
     "pack_mask",
     "square_accumulate_",
     "unpack_mask",

@@ -15,21 +15,36 @@ __all__ = ["fake_quantize_prune"]
 
 
 def fake_quantize_prune(
-    weight: Tensor, scale: Tensor, mask: Tensor | None = None, max_code: int = 0
+    weight: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    max_code: int = 0,
+    *,
+    min_code: int | None = None,
+    group: int = 0,
+    regrow: bool = False,
 ) -> Tensor:
     """Round a weight to its grid and drop what the mask does not keep.
 
-    ŵ = mask · Δ · clip(round(w/Δ), −q, q), half to even; rows with Δ ≤ 0 become 0.
-    Gradients, where k = round(w/Δ) and mask is 1:
+    ŵ = mask · Δ · clip(round(w/Δ), lo, hi), half to even, with hi = `max_code` and
+    lo = `min_code`, −hi if that is None; where Δ ≤ 0, ŵ is 0. Gradients, with
+    k = round(w/Δ) and the mask 1:
 
-    - weight: the incoming gradient if |k| ≤ q, else 0 (straight-through);
-    - scale: Σ grad · (k − w/Δ if |k| ≤ q, else ±q) (LSQ).
+    - weight: the incoming gradient if lo ≤ k ≤ hi, else 0 (straight-through);
+    - scale: Σ grad · (k − w/Δ if lo ≤ k ≤ hi, else the bound) (LSQ).
+
+    Where the mask is 0 both are 0; with `regrow` the weight gets the incoming gradient
+    there as if it were kept, so that it can come back.
 
     Args:
         weight: Any shape, float32, bfloat16 or float16; the first dimension are rows.
-        scale: Δ, float32, one element or one a row.
+        scale: Δ, float32: one element, one a row, or ⌈columns/group⌉ a row, where
+            columns are all elements of a row.
         mask: Bits of `pack_mask`, uint8 [⌈n/8⌉]; None keeps all.
-        max_code: q; unbounded if not positive.
+        max_code: hi; unbounded on both sides if not positive.
+        min_code: lo, at most 0.
+        group: Consecutive columns that share a scale, 0 for the whole row.
+        regrow: Let masked weights receive gradients.
 
     Returns:
         ŵ, contiguous, with the shape and type of the weight.
@@ -40,19 +55,25 @@ def fake_quantize_prune(
     Source: Learned step size quantization (Esser et al., 2020, arXiv 1902.08153).
     """
     result: Tensor = torch.ops.fitcompress.fake_quantize_prune(
-        weight, scale, mask, max_code
+        weight, scale, mask, max_code, min_code, group, regrow
     )
     return result
 
 
 def _fake_fake_quantize_prune(
-    weight: Tensor, scale: Tensor, mask: Tensor | None, max_code: int
+    weight: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    max_code: int,
+    min_code: int | None = None,
+    group: int = 0,
+    regrow: bool = False,
 ) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _fake_fake_quantize_prune_backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, mask: Tensor | None, max_code: int
+    grad: Tensor, weight: Tensor, scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(weight, memory_format=torch.contiguous_format),
@@ -61,18 +82,16 @@ def _fake_fake_quantize_prune_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, scale, mask, ctx.max_code = inputs
+    weight, scale, mask, *ctx.options = inputs
     ctx.save_for_backward(weight, scale, mask)
 
 
-def _backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, mask = ctx.saved_tensors
     grad_weight, grad_scale = torch.ops.fitcompress.fake_quantize_prune_backward(
-        grad, weight, scale, mask, ctx.max_code
+        grad, weight, scale, mask, *ctx.options
     )
-    return grad_weight, grad_scale, None, None
+    return grad_weight, grad_scale, None, None, None, None, None
 
 
 register_fake("fake_quantize_prune", _fake_fake_quantize_prune)

@@ -5,7 +5,7 @@ where formulas, shapes and units are documented. None of them checks its argumen
 """
 
 from fitcompress.reference.compensate import error_feedback_sweep, input_moments_
-from fitcompress.reference.distortion import distortion_table
+from fitcompress.reference.distortion import distortion_table, magnitude_histogram
 from fitcompress.reference.fisher import (
     ghost_norms_,
     square_accumulate_,
@@ -23,6 +23,7 @@ __all__ = [
     "fake_quantize_prune_backward",
     "ghost_norms_",
     "input_moments_",
+    "magnitude_histogram",
     "square_accumulate_",
     "winograd_norms_",
 ]

@@ -13,6 +13,11 @@ import torch
 from torch import nn
 
 from fitcompress import _core
+from fitcompress.compensate.activations import (
+    check_activations,
+    input_bits,
+    quantize_activations,
+)
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.lockstep import Lockstep
@@ -72,6 +77,10 @@ def apply(
     costs far more accuracy. Norms are folded to two numbers per channel and, like
     biases, rounded to 16 bits.
 
+    Where the plan has activation bits, the inputs of layers are quantized as well, with
+    ranges of least squared error over the calibration data as they pass through the
+    compressed network.
+
     If the plan bounds the bytes of the file, all entropy-coded steps are scaled by
     about one factor until the packed file uses the budget and does not exceed it.
 
@@ -87,14 +96,16 @@ def apply(
 
     Returns:
         A copy with the same module types in eval mode, its weights on their grids.
+        Quantizers of activations that ``model`` had are gone.
 
     Raises:
         PlanMismatchError: The plan is for another model.
         BudgetExceededError: The packed file cannot meet the plan's budget.
-        NonFiniteError: A weight or input is NaN or infinite.
+        NonFiniteError: A weight, an input or an activation is NaN or infinite.
         EmptyLoaderError: ``calibrate`` yields nothing.
-        CalibrationError: A layer is never reached, or the model mixes the samples of a
-            batch.
+        CalibrationError: A layer is never reached, the model mixes the samples of a
+            batch, or there are no data for the activation bits of the plan.
+        UnsupportedLayerError: The plan has activation bits for an embedding.
     """
     compressor = Compressor(
         model,
@@ -138,9 +149,12 @@ class Compressor:
         self.layers = compressible_layers(model)
         plan.check({layer.name: layer.shape for layer in self.layers})
         check_finite(model)
+        self._input_bits = input_bits(plan)
+        check_activations(model, self._input_bits, calibrated=calibrate is not None)
         if checkpoint is not None:
             check_writable(checkpoint)
-        self.model = remove(_copy(model)).eval()  # it may be compressed already
+        # It may be compressed already.
+        self.model = remove(_copy(model), activations=True).eval()
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
@@ -185,6 +199,10 @@ class Compressor:
                     bar.advance(note=layer.name)
             else:
                 self._compensate(small, levels, pace, bar, pilot=pilot)
+        if self.calibration is not None:
+            few = self.calibration.pilot() if pilot else None
+            batches = (few or self.calibration).batches
+            quantize_activations(small, self._input_bits, batches)
         levels = {name: levels[name] for name in self.plan.levels}
         distortion = sum(level.distortion for level in levels.values())
         attach_plan(small, replace(self.plan, levels=levels, distortion=distortion))

@@ -1,10 +1,24 @@
-"""Weights on a grid: the parametrization that holds them there, leftovers, plans."""
+"""Weights and activations on grids: what holds them there, leftovers, plans."""
 
+from fitcompress.quantize.activations import (
+    ActivationQuantizer,
+    activation_of,
+    activations,
+    attach_activation,
+    channel_of,
+    detach_activation,
+)
 from fitcompress.quantize.leftovers import (
     fold_norms_,
     is_folded,
     round_leftovers_,
     to_half,
+)
+from fitcompress.quantize.observers import (
+    MinMaxObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
 )
 from fitcompress.quantize.plan_state import attach_plan, plan_of
 from fitcompress.quantize.weights import (
@@ -17,9 +31,19 @@ from fitcompress.quantize.weights import (
 )
 
 __all__ = [
+    "ActivationQuantizer",
+    "MSEObserver",
+    "MinMaxObserver",
+    "Observer",
+    "PercentileObserver",
     "WeightGrid",
+    "activation_of",
+    "activations",
+    "attach_activation",
     "attach_grid",
     "attach_plan",
+    "channel_of",
+    "detach_activation",
     "fold_norms_",
     "grid_of",
     "half_up",

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from fitcompress import ops
 from fitcompress.model.matrix_view import MatrixView
+from fitcompress.quantize.activations import detach_activation
 from fitcompress.quantize.rate import Rate, rate_aware_codes
 
 if TYPE_CHECKING:
@@ -126,13 +127,20 @@ def grid_of(module: nn.Module) -> WeightGrid | None:
     )
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: nn.Module, *, activations: bool = False) -> nn.Module:
     """Make the weights of ``model`` plain again, in place, with the same values.
+
+    Args:
+        model: With weights on grids.
+        activations: Take the quantizers of the layers' inputs away as well. They are
+            part of what the network computes: without them its outputs change.
 
     Returns:
         The same model, without parametrizations of this package.
     """
     for module in list(model.modules()):
+        if activations:
+            detach_activation(module)
         if grid_of(module) is not None:
             # torch deletes the weight's property from the class, and copies of a module
             # share its class: without one of its own, the copies would lose their

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fitcompress.files import check_writable, write_atomically
 from fitcompress.report.plots import front_figure, layers_figure, to_svg
-from fitcompress.report.text import MOVED, totals
+from fitcompress.report.text import MOVED, input_bits, totals
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +31,7 @@ figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
 
 def to_html(report: Report) -> str:
     """Return the page: totals, figures, layers; no script, no link to anywhere."""
+    inputs = input_bits(report)
     layer_rows = [
         (
             row.name,
@@ -41,11 +42,12 @@ def to_html(report: Report) -> str:
             f"{row.bytes_before:,}",
             f"{row.bytes_after:,}",
             f"{100 * row.relative_error:.2g} %",
+            *inputs[number : number + 1],
         )
-        for row in report.layers
+        for number, row in enumerate(report.layers)
     ]
-    columns = ("layer", "weights", "grid", "bits/weight", "zeros", "bytes before",
-               "bytes after", "moved")  # fmt: skip
+    columns = ["layer", "weights", "grid", "bits/weight", "zeros", "bytes before",
+               "bytes after", "moved", *["input"][: len(inputs)]]  # fmt: skip
     notes = "".join(f"<p class='note'>{escape(n)}</p>" for n in report.notes)
     figures = [layers_figure(report)]
     if report.front:

@@ -9,7 +9,7 @@ from fitcompress.data.batches import take
 from fitcompress.errors import PlanMismatchError
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import bops, count_macs, dense_bytes
-from fitcompress.quantize import plan_of
+from fitcompress.quantize import activations, plan_of
 from fitcompress.search.selection import pareto
 from fitcompress.storage.save_load import coded_weights, layer_bytes, packed_bytes
 from fitcompress.train.devices import device_of
@@ -43,6 +43,7 @@ class LayerRow:
         bytes_after: In the file.
         relative_error: How far its weights moved, ‖ŵ − w‖² / ‖w‖². Compensation moves
             weights on purpose, so that the outputs stay: no measure of quality.
+        activation_bits: Bits of its input; None for float.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LayerRow:
     bytes_before: int
     bytes_after: int
     relative_error: float
+    activation_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Report:
         layers: One row per compressed layer.
         before: Totals of the dense model: bytes, and with data accuracy, loss, bops.
         after: The same of the compressed one, measured: bytes as packed, bops of the
-            bits that its codes need. The plan's are predictions.
+            bits that its codes and its quantized activations need. The plan's are
+            predictions.
         plan: Its plan.
         predicted_loss_rise: What the plan predicted, nats.
         measured_loss_rise: Mean KL divergence to the dense model on the data, or None.
@@ -162,8 +165,11 @@ def report(
         inputs, _ = next(take(loader, 1))
         macs = count_macs(model, inputs.to(device_of(model)))
         bits = {row.name: row.weight_bits for row in rows}
+        inputs = {row.name: row.activation_bits or 32 for row in rows}
         before["bops"] = sum(bops(m, 32) for m in macs.values())
-        after["bops"] = sum(bops(m, bits.get(n, 32)) for n, m in macs.items())
+        after["bops"] = sum(
+            bops(m, bits.get(n, 32), inputs.get(n, 32)) for n, m in macs.items()
+        )
     front: tuple[tuple[int, float], ...] = ()
     if sensitivity is not None:
         plans = pareto(sensitivity, family=_family(plan))
@@ -190,6 +196,7 @@ def _family(plan: Plan) -> Family:
 def _rows(model: nn.Module, small: nn.Module) -> tuple[LayerRow, ...]:
     dense = {layer.name: layer.matrix() for layer in compressible_layers(model)}
     sizes = layer_bytes(small)
+    inputs = dict(activations(small))
     rows = []
     for coded in coded_weights(small):
         weight = coded.view.matrix_of(coded.weight()).float()
@@ -210,6 +217,9 @@ def _rows(model: nn.Module, small: nn.Module) -> tuple[LayerRow, ...]:
                 bytes_before=4 * count,
                 bytes_after=sizes[coded.name],
                 relative_error=error,
+                activation_bits=inputs[coded.name].bits
+                if coded.name in inputs
+                else None,
             )
         )
     return tuple(rows)

@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from fitcompress.report.summary import Report
 
-__all__ = ["MOVED", "to_text", "totals"]
+__all__ = ["MOVED", "input_bits", "to_text", "totals"]
 
 WIDTH = 100
 MOVED = (
@@ -72,13 +72,23 @@ def totals(report: Report) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def input_bits(report: Report) -> list[str]:
+    """Return what each layer's input lies on, or nothing if all are in float."""
+    bits = [row.activation_bits for row in report.layers]
+    if not any(bits):
+        return []
+    return ["float" if number is None else f"{number} bit" for number in bits]
+
+
 def to_text(report: Report) -> str:
     """Return the before ⇒ after tables as plain text."""
     layers = Table(title="Layers, before ⇒ after", title_justify="left")
     layers.add_column("layer", overflow="fold")
-    for column in ("weights", "grid", "bits/weight", "zeros", "bytes", "moved"):
+    inputs = input_bits(report)
+    columns = ["weights", "grid", "bits/weight", "zeros", "bytes", "moved"]
+    for column in [*columns, "input"] if inputs else columns:
         layers.add_column(column, justify="right")
-    for row in report.layers:
+    for number, row in enumerate(report.layers):
         layers.add_row(
             row.name,
             f"{row.weights:,}",
@@ -87,6 +97,7 @@ def to_text(report: Report) -> str:
             f"{100 * row.sparsity:.1f} %",
             f"{row.bytes_before:,} ⇒ {row.bytes_after:,}",
             f"{100 * row.relative_error:.2g} %",
+            *inputs[number : number + 1],
         )
     whole = Table(title="Network, before ⇒ after", title_justify="left")
     for column in ("", "before", "after", "change"):

@@ -27,8 +27,9 @@ from fitcompress.errors import FormatError
 
 __all__ = ["Packed", "Section", "pack", "unpack"]
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 TRANSPOSED_GROUPS = "transposed_groups"  # a key that readers of version 1 must not skip
+ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 
@@ -160,6 +161,8 @@ def _index(data: bytes) -> dict[str, Any]:
 
 def _version(entry: dict[str, Any]) -> int:
     """Return the first version of the format that has this kind of section."""
+    if entry.get("kind") == ACTIVATIONS:
+        return 3
     return 2 if TRANSPOSED_GROUPS in entry else 1
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from fitcompress.errors import BudgetExceededError, FormatError, PlanMismatchError
 from fitcompress.files import check_writable, read_bytes, write_atomically
 from fitcompress.model import MatrixView, check_finite, compressible_layers
 from fitcompress.quantize import (
     WeightGrid,
+    attach_activation,
     attach_grid,
     attach_plan,
     grid_of,
     plan_of,
     remove,
 )
-from fitcompress.quantize.leftovers import FOLDABLE, is_folded
 from fitcompress.search.plan import Level, Plan
-from fitcompress.storage.container import Packed, pack, unpack
+from fitcompress.storage.activations import (
+    StoredActivation,
+    activation_keys,
+    quantizers_for,
+    read_activations,
+    stored_activations,
+    write_activations,
+)
+from fitcompress.storage.container import ACTIVATIONS, Packed, pack, unpack
+from fitcompress.storage.leftovers import grid_prefixes, leftovers_of
 from fitcompress.storage.sections import (
     CodedWeight,
     Leftovers,
@@ -34,6 +41,7 @@ from fitcompress.storage.sections import (
 if TYPE_CHECKING:
     import os
 
+    import torch
     from torch import nn
 
 __all__ = [
@@ -56,12 +64,14 @@ class PackedModel:
         weights: Module name → coded weight.
         leftovers: Everything else.
         size_bytes: Size of the file.
+        activations: Module name → quantizer of its input.
     """
 
     plan: Plan
     weights: dict[str, CodedWeight]
     leftovers: Leftovers
     size_bytes: int
+    activations: dict[str, StoredActivation] = field(default_factory=dict)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return a plain state dict with the dequantized weights."""
@@ -79,11 +89,14 @@ def packed_bytes(model: nn.Module) -> bytes:
     Raises:
         PlanMismatchError: The model is not compressed.
         NonFiniteError: A weight is NaN or infinite.
+        CalibrationError: The quantizer of an activation is not calibrated.
     """
     plan = plan_of(model)
     check_finite(model)
     sections = [write_coded(w) for w in coded_weights(model)]
-    sections.append(write_leftovers(_leftovers(model)))
+    sections.append(write_leftovers(leftovers_of(model)))
+    if found := stored_activations(model):
+        sections.append(write_activations(found))
     info = {
         "method": plan.method,
         "status": plan.status,
@@ -114,6 +127,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             written.
         PlanMismatchError: The model is not compressed.
         NonFiniteError: A weight is NaN or infinite.
+        CalibrationError: The quantizer of an activation is not calibrated.
         OutputError: The file cannot be written.
     """
     check_writable(path)
@@ -142,6 +156,7 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
     packed = unpack(data)
     weights: dict[str, CodedWeight] = {}
     leftovers: Leftovers | None = None
+    inputs: dict[str, StoredActivation] = {}
     for section in packed.sections:
         kind = section.entry.get("kind")
         if kind == "codes":
@@ -151,6 +166,8 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
             weights[weight.name] = weight
         elif kind == "leftovers" and leftovers is None:
             leftovers = read_leftovers(section)
+        elif kind == ACTIVATIONS and not inputs:
+            inputs = read_activations(section)
         else:
             raise FormatError("an unknown or repeated section", got=str(kind)[:50])
     if leftovers is None or not weights:
@@ -167,8 +184,14 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
         raise FormatError(
             "a tensor stands in the file twice", got=sorted(twice)[0][:100]
         )
-    plan = _plan(packed.plan, {n: w.level for n, w in weights.items()}, len(data))
-    return PackedModel(plan, weights, leftovers, len(data))
+    levels = {
+        name: replace(w.level, activation_bits=inputs[name].bits)
+        if name in inputs
+        else w.level
+        for name, w in weights.items()
+    }
+    plan = _plan(packed.plan, levels, len(data))
+    return PackedModel(plan, weights, leftovers, len(data), inputs)
 
 
 def load(
@@ -181,7 +204,7 @@ def load(
         model: A model of the same architecture; its weights do not matter.
         trainable: Put the weights back on their grids, to go on fine-tuning and to save
             again; zeros of a layer with a mask stay zero. Otherwise plain modules with
-            dense weights, fast to run.
+            dense weights, fast to run. Activations are quantized either way.
 
     Returns:
         ``model``, in eval mode.
@@ -199,8 +222,11 @@ def load(
         packed.plan.check(
             {layer.name: layer.shape for layer in compressible_layers(model)}
         )
-    remove(model)
+    inputs = quantizers_for(model, packed.activations)
+    remove(model, activations=True)
     model.load_state_dict(state)
+    for module, quantizer in inputs:
+        attach_activation(module, quantizer)
     model.eval()
     if trainable:
         layers = {layer.name: layer for layer in compressible_layers(model)}
@@ -222,24 +248,17 @@ def load(
 
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """Return the state dict that ``model`` has without its grids."""
-    held, state = _grid_prefixes(model), {}
+    """Return the state dict that ``model`` has without grids and quantizers."""
+    held, inputs, state = grid_prefixes(model), activation_keys(model), {}
     for key, value in model.state_dict().items():
+        if key in inputs:
+            continue
         module, found, rest = key.partition("parametrizations.weight.")
         if f"{module}{found}" not in held:
             state[key] = value
         elif rest == "original":
             state[f"{module}weight"] = value
     return state
-
-
-def _grid_prefixes(model: nn.Module) -> set[str]:
-    """Return what the keys of grids and their latent weights begin with."""
-    return {
-        f"{name}.parametrizations.weight.".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if grid_of(module) is not None
-    }
 
 
 def _check_state(state: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
@@ -325,61 +344,3 @@ def coded_weights(model: nn.Module) -> list[CodedWeight]:
                 )
             )
     return coded
-
-
-def _leftovers(model: nn.Module) -> Leftovers:
-    norms, skip = {}, set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, FOLDABLE) and is_folded(module) and prefix:
-            if module.weight.dtype != torch.float32:
-                continue
-            counted = module.num_batches_tracked is not None
-            norms[prefix] = (
-                module.weight.detach(),
-                module.bias.detach(),
-                module.eps,
-                counted,
-            )
-            own = (
-                "weight",
-                "bias",
-                "running_mean",
-                "running_var",
-                "num_batches_tracked",
-            )
-            skip |= {f"{prefix}.{key}" for key in own}
-    tensors: dict[str, torch.Tensor] = {}
-    aliases = _other_names(model)
-    owners: dict[tuple[Any, ...], str] = {}
-    held = _grid_prefixes(model)
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        module, found, _ = key.partition("parametrizations.weight.")
-        if key in skip or f"{module}{found}" in held:
-            continue
-        if not torch.is_tensor(tensor):
-            raise FormatError(
-                f"{key!r} cannot be stored",
-                got=f"extra state of type {type(tensor).__name__}",
-                wanted="tensors only",
-                fix="drop the module's get_extra_state, or store it beside the file",
-            )
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and identity in owners:
-            aliases[key] = owners[identity]
-            continue
-        owners[identity] = key
-        tensors[key] = tensor.detach()
-    return Leftovers(tensors, norms, aliases)
-
-
-def _other_names(model: nn.Module) -> dict[str, str]:
-    """Return the keys of coded weights under the further names of a shared module."""
-    first: dict[nn.Module, str] = {}
-    others = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if grid_of(module) is None:
-            continue
-        key = f"{name}.weight" if name else "weight"
-        if first.setdefault(module, key) != key:
-            others[key] = first[module]
-    return others

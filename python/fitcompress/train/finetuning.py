@@ -29,6 +29,7 @@ from fitcompress.model.costs import dense_bytes
 from fitcompress.model.layers import fingerprint
 from fitcompress.progress import Bar
 from fitcompress.quantize import (
+    activations,
     attach_plan,
     fold_norms_,
     plan_of,
@@ -57,6 +58,7 @@ NORM_SAMPLES = 4096
 SPREAD = 0.45  # how far from the middle of its cell a weight may start, in steps
 WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
 TEMPERATURE = 4.0
+NARROWEST = 1 / 16  # of its start, what a step of activations may shrink to
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def finetune(
         T² KL(teacher ‖ small) at temperature T = 4, if there is a teacher, plus
         loss_fn(output, targets), if given.
 
+    Steps of quantized activations are learnt along with the weights (LSQ).
+
     Weights in 16 bits are trained as float32 copies. Batches are moved to the device of
     the model's first parameter. If anything goes wrong, the model is as it was.
 
@@ -135,7 +139,8 @@ def finetune(
             plan allows. A model that starts larger is squeezed in the first third of
             the steps.
         lr: Peak learning rate of the weights, in steps of their grids.
-        float_lr: Peak learning rate of what is on no grid: norms and biases.
+        float_lr: Peak learning rate of what is on no grid: norms and biases; of steps
+            of activations, as a share of them.
         norms: ``"frozen"`` trains the two numbers per channel that folded norms have;
             ``"batch"`` gives them their statistics back, trains with those of each
             batch and estimates them anew at the end (norms in 16 bits stay frozen).
@@ -270,6 +275,15 @@ class _Trainer:
             {"params": [t], "peak": rates[0] * steps[p] if p in steps else rates[1]}
             for p, t in zip(self.parameters, self.trained, strict=True)
         ]
+        # Steps of activations change by shares of themselves, and stay positive.
+        self.scales = {
+            q.scale: q.scale.detach().float().clone()
+            for _, q in activations(small)
+            if q.learn and not q.dynamic
+        }
+        for group, parameter in zip(groups, self.parameters, strict=True):
+            if parameter in self.scales:
+                group["peak"] = rates[1] * float(self.scales[parameter].mean())
         self.optimizer = torch.optim.Adam(groups, rates[1], betas=(0.9, 0.99))
 
     def prepare(self, *, batch_norms: bool, seed: int) -> None:
@@ -382,6 +396,8 @@ class _Trainer:
         self.optimizer.step()
         with torch.no_grad():
             for parameter, trained in zip(self.parameters, self.trained, strict=True):
+                if parameter in self.scales:
+                    trained.copy_(trained.maximum(NARROWEST * self.scales[parameter]))
                 parameter.copy_(trained)
                 parameter.grad = trained.grad = None
 
@@ -399,7 +415,7 @@ class _Trainer:
         self._estimate_norms()
         self.small.eval()
         fold_norms_(self.small)
-        round_leftovers_(self.small)
+        round_leftovers_(self.small, list(self.scales))
         return self.rate.finish()
 
     def _estimate_norms(self) -> None:

@@ -60,6 +60,12 @@ class PathSearch:
                 wanted="step or bits",
                 fix="search with family='step' or family='bits'",
             )
+        if problem.activations.any():
+            raise OptionError(
+                "a path leads through grids and sparsities of weights only",
+                got="activation bits to choose from",
+                fix="search with activations=False, or with method=Lagrangian()",
+            )
 
         def cells(array: NDArray[np.float64]) -> NDArray[np.float64]:
             kept = problem.cost.shape[2]

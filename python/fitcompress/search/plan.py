@@ -33,6 +33,7 @@ class Level:
         distortion: Predicted rise of the loss, nats.
         size_bits: Predicted bits in the file.
         bops: Predicted bit operations of one sample.
+        activation_bits: Bits of the layer's input, 2 to 16; None leaves it in float.
     """
 
     grid: Grid
@@ -41,10 +42,15 @@ class Level:
     distortion: float = 0.0
     size_bits: int = 0
     bops: int = 0
+    activation_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
             msg = f"sparsity must be between 0 and 1; got {self.sparsity}"
+            raise ValueError(msg)
+        bits = self.activation_bits
+        if bits is not None and (type(bits) is not int or not 2 <= bits <= 16):
+            msg = f"activation_bits must be a whole number, 2 to 16; got {bits!r}"
             raise ValueError(msg)
         _check_numbers(self, "distortion", "size_bits", "bops")
 
@@ -135,6 +141,7 @@ class Plan:
                 "distortion": level.distortion,
                 "size_bits": level.size_bits,
                 "bops": level.bops,
+                "activation_bits": level.activation_bits,
             }
             for name, level in self.levels.items()
         }

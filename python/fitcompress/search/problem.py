@@ -30,7 +30,9 @@ class Problem:
         kind: The bounded cost, ``"size"`` or ``"bops"``.
         limit: The bound on the sum of ``cost``, in bits or bit operations.
         overhead: What every plan costs besides, in the same unit; taken off ``limit``.
-        grids: Indices of the grids that may be used, [G'].
+        grids: Indices of the grids that may be used, [G']; each as often as there are
+            activation bits to go with it.
+        activations: Indices of the activation bits that go with them, [G'].
         cost: Cost of every cell, [L, G', S], integer.
         distortion: Distortion of every cell, [L, G', S], nats.
         limit_bytes: The bound on the file, if that is what is bounded.
@@ -41,6 +43,7 @@ class Problem:
     limit: int
     overhead: int
     grids: NDArray[np.int64]
+    activations: NDArray[np.int64]
     cost: NDArray[np.int64]
     distortion: NDArray[np.float64]
     limit_bytes: int | None
@@ -76,16 +79,21 @@ class Problem:
     def plan(self, choice: Choice) -> Plan:
         """Turn chosen cells into a plan."""
         table, levels = self.sensitivity, {}
-        bops = table.bops()
+        bops = [table.bops(a) for a in range(len(table.activation_bits))]
         for i, name in enumerate(table.names):
             g, s = int(self.grids[choice.grid[i]]), int(choice.sparsity[i])
+            a = int(self.activations[choice.grid[i]])
+            if table.macs[i] == 0:
+                a = 0  # nothing is multiplied: an embedding
+            distortion = table.distortion[i, g, s] + table.activation_distortion[i, a]
             levels[name] = Level(
                 grid=table.grids[g],
                 sparsity=float(table.sparsity[i, s]),
                 shape=table.shapes[i],
-                distortion=float(table.distortion[i, g, s]),
+                distortion=float(distortion),
                 size_bits=int(table.size_bits[i, g, s]),
-                bops=int(bops[i, g, s]),
+                bops=int(bops[a][i, g, s]),
+                activation_bits=table.activation_bits[a],
             )
         bits = sum(level.size_bits for level in levels.values())
         return Plan(
@@ -118,6 +126,7 @@ def make_problem(
     budget: Budget,
     family: Family | None,
     masks: bool | None = None,
+    activations: bool | None = None,
 ) -> Problem:
     """Return the problem of meeting ``budget``.
 
@@ -128,6 +137,8 @@ def make_problem(
             size, fixed-point bits for one on bit operations.
         masks: Whether masks may drop weights. None: not with entropy-coded steps, where
             rounding makes the zeros and a mask only keeps compensation from using them.
+        activations: Whether the inputs of layers may be quantized. None: for a bound on
+            bit operations, if the table knows how much it hurts.
 
     Raises:
         OptionError: The table has no grid of that family.
@@ -152,22 +163,35 @@ def make_problem(
     masks = family != "step" if masks is None else masks
     kept = slice(None) if masks else slice(0, 1)
     limit_bytes = None
+    used = budget.kind == "bops" if activations is None else activations
+    inputs = np.arange(len(sensitivity.activation_bits) if used else 1)
+    grids, inputs = np.repeat(grids, len(inputs)), np.tile(inputs, len(grids))
     if budget.kind == "size":
         limit_bytes = budget.size_bytes(sensitivity.dense_bytes)
         overhead = 8 * sensitivity.overhead_bytes
         limit = 8 * limit_bytes - overhead
-        cost = sensitivity.size_bits
+        cost = sensitivity.size_bits[:, grids]
     else:
-        overhead, cost = 0, sensitivity.bops()
+        overhead = 0
+        cost = np.stack(
+            [
+                sensitivity.bops(int(a))[:, g]
+                for g, a in zip(grids, inputs, strict=True)
+            ],
+            1,
+        )
         limit = budget.bops_limit(int(sensitivity.macs.sum()) * 32 * 32)
+    hurt = sensitivity.distortion[:, grids, kept]
+    hurt = hurt + sensitivity.activation_distortion[:, inputs, None]
     problem = Problem(
         sensitivity=sensitivity,
         kind=budget.kind,
         limit=limit,
         overhead=overhead,
         grids=grids,
-        cost=np.ascontiguousarray(cost[:, grids, kept]),
-        distortion=np.ascontiguousarray(sensitivity.distortion[:, grids, kept]),
+        activations=inputs,
+        cost=np.ascontiguousarray(cost[:, :, kept]),
+        distortion=np.ascontiguousarray(hurt),
         limit_bytes=limit_bytes,
     )
     problem.check_feasible()

@@ -35,6 +35,7 @@ def search(
     method: Method | None = None,
     family: Family | None = None,
     masks: bool | None = None,
+    activations: bool | None = None,
 ) -> Plan:
     """Return the plan that the method thinks hurts least under ``budget``.
 
@@ -51,6 +52,9 @@ def search(
         masks: Whether masks may drop weights besides those that round to zero. None:
             not with steps alone, where that was measured to cost accuracy at equal
             size.
+        activations: Whether the inputs of layers may be quantized, too. None: for a
+            bound on bit operations, if the sensitivity was measured with activation
+            bits. They save no bytes.
 
     Returns:
         A plan whose predicted cost is within the budget, with status and gap.
@@ -67,7 +71,7 @@ def search(
             got=f"a budget on bit operations with family={family!r}",
             wanted="family='bits'",
         )
-    problem = make_problem(sensitivity, budget, family, masks)
+    problem = make_problem(sensitivity, budget, family, masks, activations)
     return problem.plan((method or Lagrangian()).solve(problem))
 
 

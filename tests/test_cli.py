@@ -416,3 +416,15 @@ def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:
     done(run("pack", "plan.json", *W, "w.safetensors", "--out", "b"))
     assert read("a").state().keys() == read("b").state().keys()
     assert Path("a").read_bytes() == Path("b").read_bytes()
+
+
+def test_measure_takes_shards_or_a_model(run) -> None:
+    safetensors.torch.save_file({"a.weight": torch.randn(40, 30)}, "one.safetensors")
+    done(run("measure", "--shards", "one.safetensors", "--out", "s.safetensors"))
+    assert fc.Sensitivity.load("s.safetensors").names == ("a",)
+    both = run("measure", "--shards", "one.safetensors", "--dataset", "digits")
+    assert both.code
+    assert "takes the place" in both.err
+    neither = run("measure")
+    assert neither.code
+    assert "--shards" in neither.err

@@ -102,8 +102,10 @@ def test_one_threshold_drops_the_same_magnitudes_everywhere(net) -> None:
     total = sum(x.size for x in layers)
     for s, sparsity in enumerate((0.0, 0.5, 0.9)):
         dropped = [int(shares[i][s] * x.size) for i, x in enumerate(layers)]
-        assert sum(dropped) == int(sparsity * total)
         ordered = [x.matrix().abs().flatten().sort().values for x in layers]
+        bins = torch.cat(ordered).sort().values.view(torch.int32) >> 16
+        count = int(sparsity * total)
+        assert 0 <= count - sum(dropped) < int((bins == bins[count]).sum())
         gone = [o[:d].max() for o, d in zip(ordered, dropped, strict=True) if d]
         kept = [
             o[d:].min() for o, d in zip(ordered, dropped, strict=True) if d < len(o)

@@ -15,6 +15,7 @@ from fitcompress.search import Budget, Level, Plan, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.moments import FisherMoments
+from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.storage.save_load import load, save
 from fitcompress.train import evaluate, finetune
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "measure",
     "measure_fisher",
+    "measure_shards",
     "methods",
     "ops",
     "pareto",

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -31,11 +31,15 @@ from fitcompress.search import search as find_plan
 from fitcompress.search.problem import Family
 from fitcompress.search.selection import Method
 from fitcompress.sensitivity.measurement import measure as measure_sensitivity
+from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["MethodName", "make_method", "measure", "pareto", "search"]
 
 MEASURE = defaults(measure_sensitivity)
+MODEL, WEIGHTS, DATASET = (
+    get_args(option)[1] for option in (ModelOption, WeightsOption, DatasetOption)
+)
 
 SensitivityArgument = Annotated[Path, typer.Argument(help="What `measure` wrote.")]
 
@@ -78,32 +82,68 @@ def _family(name: FamilyName | None) -> Family | None:
     return None if name is None else FAMILIES[name]
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a list with commas."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        message = f"wanted whole numbers with commas between them, got {text!r}"
+        raise typer.BadParameter(message)
+    return tuple(int(part) for part in parts)
+
+
 @app.command()
 def measure(
-    model: ModelOption,
-    weights: WeightsOption,
-    dataset: DatasetOption,
+    model: Annotated[str | None, MODEL] = None,
+    weights: Annotated[Path | None, WEIGHTS] = None,
+    dataset: Annotated[str | None, DATASET] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a model: .safetensors file, folder or index, one layer at "
+            "a time in memory; distortion is half the squared error."
+        ),
+    ] = None,
     out: OutOption = Path("sensitivity.safetensors"),
     data: DataOption = None,
     samples: Annotated[
         int, typer.Option(help="Samples for the Fisher moments.")
     ] = MEASURE["samples"],
+    activation_bits: Annotated[
+        str,
+        typer.Option(
+            help='Bits that inputs of layers may have, such as "8,6,4", for plans '
+            "under a bound on bit operations."
+        ),
+    ] = "",
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Measure how much the loss rises for every level of every layer."""
     prepare(json, out)
-    network = trained_model(model, weights)
-    source = load_dataset(dataset, data)
-    check_data(network, source)
     checkpoint = out.with_name(out.name + ".partial")
-    table = measure_sensitivity(
-        network,
-        source.calibration(seed),
-        samples=samples,
-        seed=seed,
-        checkpoint=checkpoint,
-    )
+    if shards is not None:
+        if activation_bits:
+            message = "--shards know no inputs of layers: leave --activation-bits out"
+            raise typer.BadParameter(message)
+        if model is not None or weights is not None or dataset is not None:
+            message = "--shards takes the place of --model, --weights and --dataset"
+            raise typer.BadParameter(message)
+        table = measure_shards(shards, checkpoint=checkpoint)
+    elif model is None or weights is None or dataset is None:
+        message = "measure needs --model, --weights and --dataset, or else --shards"
+        raise typer.BadParameter(message)
+    else:
+        network = trained_model(model, weights)
+        source = load_dataset(dataset, data)
+        check_data(network, source)
+        table = measure_sensitivity(
+            network,
+            source.calibration(seed),
+            samples=samples,
+            activation_bits=_numbers(activation_bits),
+            seed=seed,
+            checkpoint=checkpoint,
+        )
     table.save(out)
     view = Table(title="Fisher traces")
     view.add_column("layer")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fitcompress import ops
 from fitcompress.errors import OptionError
 from fitcompress.sensitivity.table import Grid
 
@@ -20,25 +21,45 @@ __all__ = [
     "SPARSITIES",
     "check_levels",
     "default_grids",
+    "grids_from",
+    "histogram_sparsities",
     "layer_sparsities",
     "step_ladder",
+    "steps_from",
+    "sum_of_squares",
 ]
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 STEPS, OCTAVES, COARSEST = 49, 6.0, 4.0
+CHUNK = 2**16
+
+
+def sum_of_squares(weight: torch.Tensor) -> float:
+    """Return Σ w² in float64, with little memory besides the weight."""
+    flat = weight.detach().reshape(-1)
+    parts = torch.split(flat, CHUNK)
+    return sum((float(part.double().square().sum()) for part in parts), 0.0)
 
 
 def step_ladder(layers: Sequence[Layer]) -> tuple[float, ...]:
+    """Return `steps_from` the root mean square of all weights of the layers."""
+    squares = sum(sum_of_squares(layer.matrix()) for layer in layers)
+    return steps_from(squares, sum(layer.size for layer in layers))
+
+
+def steps_from(squares: float, count: int) -> tuple[float, ...]:
     """Return 49 steps from fine to coarse, a factor 2^(1/8) apart.
 
     The coarsest is four times the root mean square of all weights: nearly every weight
     rounds to zero. One ladder for all layers, since one step in all of them is close to
     the best for a budget in bytes.
+
+    Args:
+        squares: Σ w² over all layers.
+        count: Their number of weights.
     """
-    squares = sum(float(layer.matrix().double().square().sum()) for layer in layers)
-    rms = (squares / sum(layer.size for layer in layers)) ** 0.5
-    coarsest = COARSEST * (rms or 1.0)
+    coarsest = COARSEST * ((squares / count) ** 0.5 or 1.0)
     return tuple(
         float(torch.tensor(coarsest * 2 ** (-OCTAVES * (1 - i / (STEPS - 1)))))
         for i in range(STEPS)
@@ -47,16 +68,25 @@ def step_ladder(layers: Sequence[Layer]) -> tuple[float, ...]:
 
 def default_grids(layers: Sequence[Layer]) -> tuple[Grid, ...]:
     """Return 8 … 2 bits, then the step ladder."""
-    steps = tuple(Grid(step=s) for s in step_ladder(layers))
-    return (*(Grid(bits=b) for b in BITS), *steps)
+    return grids_from(step_ladder(layers))
 
 
-def check_levels(grids: Sequence[Grid], sparsities: Sequence[float]) -> None:
+def grids_from(steps: Sequence[float]) -> tuple[Grid, ...]:
+    """Return 8 … 2 bits, then the steps."""
+    return (*(Grid(bits=b) for b in BITS), *(Grid(step=s) for s in steps))
+
+
+def check_levels(
+    grids: Sequence[Grid],
+    sparsities: Sequence[float],
+    activation_bits: Sequence[int] = (),
+) -> None:
     """Raise unless grids and sparsities are in the order that tables need.
 
     Raises:
-        OptionError: Grids are not bits, fine to coarse, then steps, fine to coarse; or
-            sparsities do not rise from 0 within [0, 1).
+        OptionError: Grids are not bits, fine to coarse, then steps, fine to coarse;
+            sparsities do not rise from 0 within [0, 1); or activation bits do not fall
+            from at most 16 to at least 2.
     """
     bits = [g.bits for g in grids if g.bits is not None]
     steps = [g.step for g in grids if g.step is not None]
@@ -75,6 +105,13 @@ def check_levels(grids: Sequence[Grid], sparsities: Sequence[float]) -> None:
             got=", ".join(str(s) for s in sparsities) or "none",
             wanted="numbers that rise from 0 and stay below 1",
         )
+    whole = all(type(b) is int and 2 <= b <= 16 for b in activation_bits)
+    if not whole or any(a <= b for a, b in pairwise(activation_bits)):
+        raise OptionError(
+            "the activation bits are out of order",
+            got=", ".join(str(b) for b in activation_bits),
+            wanted="whole numbers that fall from at most 16 to at least 2",
+        )
 
 
 def layer_sparsities(
@@ -82,24 +119,51 @@ def layer_sparsities(
 ) -> list[list[float]]:
     """Return the share of each layer that one magnitude threshold drops.
 
+    See `histogram_sparsities`.
+
     Args:
         layers: L layers.
         sparsities: S shares of all weights of the network, rising, from 0.
 
     Returns:
+        [L][S] shares, rising in S.
+    """
+    counts = (ops.magnitude_histogram(layer.matrix()) for layer in layers)
+    return histogram_sparsities([each.cpu().to_sparse() for each in counts], sparsities)
+
+
+def histogram_sparsities(
+    histograms: Sequence[torch.Tensor], sparsities: Sequence[float]
+) -> list[list[float]]:
+    """Return the share of each layer below a threshold that all layers have in common.
+
+    The threshold of a share s is the highest edge of a bin below which at most s of all
+    weights lie. A bin is 1/128 of an octave wide, so what is really dropped falls short
+    of s by less than the share of all weights in the bin above the edge.
+
+    Args:
+        histograms: `magnitude_histogram` of each of L layers, sparse.
+        sparsities: S shares of all weights of the network, rising, from 0.
+
+    Returns:
         [L][S] shares, rising in S; below 1, one weight of a layer always stays.
     """
-    magnitude = torch.cat([layer.matrix().abs().flatten() for layer in layers])
-    ordered = magnitude.sort().values
+    total = torch.zeros(ops.MAGNITUDE_BINS, dtype=torch.int64)
+    for histogram in histograms:
+        total += histogram.to_dense()
+    below = _below(total)
+    weights = int(below[-1])
+    counts = torch.tensor([min(int(s * weights), weights - 1) for s in sparsities])
+    edges = torch.searchsorted(below, counts, right=True) - 1
     rows = []
-    for layer in layers:
-        own = layer.matrix().abs().flatten().sort().values
-        shares = []
-        for sparsity in sparsities:
-            count = min(int(sparsity * len(ordered)), len(ordered) - 1)
-            dropped = int(torch.searchsorted(own, ordered[count])) if count else 0
-            dropped = min(dropped, layer.size - 1)
-            # Half a weight more, so that ⌊share · n⌋ is exact in floating point.
-            shares.append((dropped + 0.5) / layer.size if dropped else 0.0)
-        rows.append(shares)
+    for histogram in histograms:
+        own = _below(histogram.to_dense())
+        size = int(own[-1])
+        dropped = [min(int(n), size - 1) for n in own[edges]]
+        # Half a weight more, so that ⌊share · n⌋ is exact in floating point.
+        rows.append([(n + 0.5) / size if n else 0.0 for n in dropped])
     return rows
+
+
+def _below(histogram: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(histogram.cumsum(0), (1, 0))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fitcompress import ops
 from fitcompress.data.batches import split_batch, take
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers
@@ -18,6 +17,7 @@ from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments
 from fitcompress.sensitivity.estimate import estimate, estimate_key
 from fitcompress.sensitivity.fisher import FisherEstimator
+from fitcompress.sensitivity.input_errors import input_distortion, input_histograms
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
     check_levels,
@@ -25,6 +25,7 @@ from fitcompress.sensitivity.levels import (
     layer_sparsities,
 )
 from fitcompress.sensitivity.table import Grid, Sensitivity
+from fitcompress.sensitivity.tables import TableColumns
 
 if TYPE_CHECKING:
     import os
@@ -46,6 +47,7 @@ def measure(
     samples: int | None = 512,
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
+    activation_bits: Sequence[int] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -70,6 +72,9 @@ def measure(
             steps.
         sparsities: Shares of the network's weights that masks drop, rising, from 0; the
             smallest |θ| go first, which costs far less than dropping the lowest F θ².
+        activation_bits: Bits that the inputs of layers may have, falling, such as
+            (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
+            the network's input, and forward passes.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Seeds the sampled labels.
         progress: Show a bar with the time left.
@@ -85,6 +90,7 @@ def measure(
         DataError: A batch, or the output of the model for sampled labels, does not
             serve.
         UnsupportedLayerError: A layer mixes the samples of a batch.
+        OptionError: Grids, sparsities or activation bits are out of order.
         OutputError: The checkpoint cannot be written.
     """
     layers = compressible_layers(model)
@@ -92,15 +98,22 @@ def measure(
     if checkpoint is not None:
         check_writable(checkpoint)
     chosen = tuple(grids) if grids is not None else default_grids(layers)
-    check_levels(chosen, sparsities)
+    check_levels(chosen, sparsities, activation_bits)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
-    batches, ahead = itertools.tee(batches)
+    batches, ahead, again = itertools.tee(batches, 3)
     macs = count_macs(model, next(take(ahead, samples))[0][:1])
     del ahead
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
-    key += f"-{names:08x}"
+    key += f"-{names:08x}" + ("-inputs" if activation_bits else "")
+    if not activation_bits:
+        del again
     moments = estimate(
-        FisherEstimator(model, layers, moments=_saved(checkpoint, key)),
+        FisherEstimator(
+            model,
+            layers,
+            activations=bool(activation_bits),
+            moments=_saved(checkpoint, key),
+        ),
         take(batches, samples),
         loss_fn,
         samples=samples,
@@ -110,6 +123,13 @@ def measure(
         progress=progress,
     )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
+    if activation_bits:
+        histograms = input_histograms(
+            model, layers, take(again, samples), samples=samples, progress=progress
+        )
+        hurt, trace = input_distortion(layers, moments, histograms, activation_bits)
+        table["activation_bits"] = (None, *activation_bits)
+        table["activation_distortion"], table["activation_trace"] = hurt, trace
     sensitivity = Sensitivity(
         names=tuple(layer.name for layer in layers),
         shapes=tuple(layer.shape for layer in layers),
@@ -141,37 +161,13 @@ def _table(
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    bits = [g.bits for g in grids if g.bits is not None]
-    steps = [g.step for g in grids if g.step is not None]
-    names = ("distortion", "nonzeros", "grid_length", "prune_length", "norm")
-    columns: dict[str, list[Any]] = {
-        n: [] for n in (*names, "size_bits", "weight_bits")
-    }
+    columns = TableColumns(grids)
     shares = layer_sparsities(layers, sparsities)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
-            weight = layer.matrix()
             fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            cells = ops.distortion_table(
-                weight, fisher, weight.square(), bits, steps, share
-            )
-            scales = [16 * layer.rows] * len(bits) + [32] * len(steps)
-            entropy = np.ceil(cells.entropy_bits.numpy()).astype(np.int64)
-            columns["size_bits"].append(entropy + np.array(scales)[:, None])
-            columns["nonzeros"].append(cells.nnz.numpy())
-            for name in ("distortion", "grid_length", "prune_length", "norm"):
-                columns[name].append(getattr(cells, name).numpy())
-            largest = float(weight.abs().max())
-            codes = [round(largest / s) for s in steps]
-            columns["weight_bits"].append(
-                [*bits, *(max(1, (2 * k).bit_length()) for k in codes)]
-            )
+            columns.add(layer.matrix(), fisher, share)
             bar.advance()
-    table: dict[str, Any] = {
-        k: np.stack(v) for k, v in columns.items() if k != "weight_bits"
-    }
-    table["weight_bits"] = np.array(columns["weight_bits"], dtype=np.int64)
-    table["sparsity"] = np.array(shares)
-    return table
+    return columns.stack()

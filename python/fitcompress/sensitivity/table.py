@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Sensitivity"]
 
-VERSION = 1
+VERSION = 2  # 1 had no activations
 REALS = {
+    "activation_distortion",
+    "activation_trace",
     "distortion",
     "fisher_error",
     "fisher_trace",
@@ -98,6 +100,12 @@ class Sensitivity:
         dense_bytes: 4 bytes × all parameters.
         samples: Samples that the Fisher moments were averaged over.
         loss: Their mean loss, nats.
+        activation_bits: What the inputs of layers can be quantized to, None for float,
+            which comes first, A.
+        activation_distortion: ½ T_a · mean squared error of the quantized input, nats,
+            [L, A]; adds to the distortion of the weights. 0 for float.
+        activation_trace: T_a of the input of every layer in nats², [L]; 0 if not
+            measured.
         provenance: How it was measured: labels, importance, versions.
     """
 
@@ -120,11 +128,28 @@ class Sensitivity:
     samples: int
     loss: float
     provenance: dict[str, Any] = field(default_factory=dict)
+    activation_bits: tuple[int | None, ...] = (None,)
+    activation_distortion: NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros(0)
+    )
+    activation_trace: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         if self.distortion.ndim != 3:
             raise FormatError("distortion has a wrong shape", got=self.distortion.shape)
         layers, grids, sparsities = self.distortion.shape
+        if self.activation_bits == (None,):
+            object.__setattr__(self, "activation_distortion", np.zeros((layers, 1)))
+        if not self.activation_trace.size:
+            object.__setattr__(self, "activation_trace", np.zeros(layers))
+        bits = self.activation_bits[1:]
+        if self.activation_bits[:1] != (None,) or not all(
+            type(b) is int and 2 <= b <= 16 for b in bits
+        ):
+            raise FormatError(
+                "activation_bits must be None and then bits from 2 to 16",
+                got=self.activation_bits,
+            )
         cells = (
             "distortion",
             "size_bits",
@@ -138,6 +163,8 @@ class Sensitivity:
         )
         wanted |= dict.fromkeys(("macs", "fisher_trace", "fisher_error"), (layers,))
         wanted |= {"sparsity": (layers, sparsities), "weight_bits": (layers, grids)}
+        wanted["activation_distortion"] = (layers, len(self.activation_bits))
+        wanted["activation_trace"] = (layers,)
         for name, shape in wanted.items():
             array = getattr(self, name)
             if array.shape != shape:
@@ -167,13 +194,17 @@ class Sensitivity:
         """Number of weights of every layer, [L]."""
         return np.array([int(np.prod(s)) for s in self.shapes], dtype=np.int64)
 
-    def bops(self) -> NDArray[np.int64]:
-        """Bit operations of every cell with float32 activations, [L, G, S].
+    def bops(self, activation: int = 0) -> NDArray[np.int64]:
+        """Bit operations of every cell, [L, G, S].
 
-        MACs · weight bits · 32; sparsity is not credited, ordinary kernels do not use
-        it.
+        MACs · weight bits · activation bits, 32 for float; sparsity is not credited,
+        ordinary kernels do not use it.
+
+        Args:
+            activation: Index into ``activation_bits``.
         """
-        per_grid = self.macs[:, None] * self.weight_bits * 32
+        width = self.activation_bits[activation] or 32
+        per_grid = self.macs[:, None] * self.weight_bits * width
         cells = np.broadcast_to(per_grid[:, :, None], self.distortion.shape)
         return np.array(cells, dtype=np.int64)
 
@@ -218,19 +249,21 @@ class Sensitivity:
                     )
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = json.loads(header)
-            if meta.pop("version") != VERSION:
+            version = meta.pop("version")
+            if version not in (1, VERSION):
                 raise FormatError(
                     f"{path} has another format version",
                     wanted=VERSION,
                     fix="measure again with this version of fitcompress",
                 )
-            if meta.pop("crc32") != _checksum({"version": VERSION, **meta}, arrays):
+            if meta.pop("crc32") != _checksum({"version": version, **meta}, arrays):
                 raise FormatError(
                     f"the checksum of {path} is wrong",
                     fix="run `fitcompress measure` again",
                 )
             meta["grids"] = tuple(Grid(bits=b, step=s) for b, s in meta["grids"])
             meta["names"] = tuple(meta["names"])
+            meta["activation_bits"] = tuple(meta.get("activation_bits", (None,)))
             meta["shapes"] = tuple(tuple(s) for s in meta["shapes"])
             return cls(**meta, **arrays)
         except (

@@ -1,0 +1,285 @@
+"""``measure_shards``: the table of a model that is never in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections import Counter
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+
+from fitcompress import ops
+from fitcompress.errors import (
+    FormatError,
+    NoCompressibleLayerError,
+    NonFiniteError,
+    OptionError,
+)
+from fitcompress.files import check_writable, write_atomically
+from fitcompress.progress import Bar
+from fitcompress.sensitivity.levels import (
+    SPARSITIES,
+    check_levels,
+    grids_from,
+    histogram_sparsities,
+    steps_from,
+    sum_of_squares,
+)
+from fitcompress.sensitivity.moments import FisherMoments
+from fitcompress.sensitivity.shards import Shards, ShardTensor
+from fitcompress.sensitivity.table import Grid, Sensitivity
+from fitcompress.sensitivity.tables import TableColumns
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["measure_shards"]
+
+logger = logging.getLogger(__name__)
+
+FLOATS = ("F32", "BF16", "F16")
+SUFFIX = ".weight"
+
+
+def measure_shards(
+    path: str | os.PathLike[str],
+    *,
+    fisher: Mapping[str, float] | FisherMoments | str | os.PathLike[str] | None = None,
+    grids: Sequence[Grid] | None = None,
+    sparsities: Sequence[float] = SPARSITIES,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = ("*embed*",),
+    smallest: int = 1024,
+    macs: Mapping[str, int] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Measure every level of the layers in ``.safetensors`` files, one layer at a time.
+
+    Reads the files twice, for magnitudes and for tables; memory is that of the largest
+    tensor and its table. A layer is a tensor ``<layer>.weight`` of 2 to 5 dimensions in
+    float32, bfloat16 or float16; dimension 0 is its rows. Everything else, counted at
+    2 bytes a number, is overhead.
+
+    Args:
+        path: A ``.safetensors`` file, a folder with some, or an ``.index.json``.
+        fisher: Layer → trace T ≥ 0 in nats²; moments; or shards with the diagonals
+            under the names of the weights. None: F = 1, so distortion is half the
+            squared error, and is no loss in nats.
+        grids: As for `measure`.
+        sparsities: As for `measure`.
+        include: Shell patterns; a layer must match one.
+        exclude: Shell patterns; a layer must match none.
+        smallest: Least number of weights of a layer.
+        macs: Layer → multiply-accumulates of one sample. None: one position each, rows
+            × columns, which ranks convolutions wrongly.
+        checkpoint: File to save progress to and resume from; removed at the end.
+        progress: Show a bar with the time left.
+
+    Returns:
+        The table, with 0 samples and loss 0 unless `fisher` is moments.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        FormatError: A file is damaged, or does not fit the index or the weights.
+        NoCompressibleLayerError: Nothing is left to compress.
+        NonFiniteError: A weight is NaN or infinite.
+        OptionError: Levels are out of order, or a layer has no Fisher or no MACs.
+        OutputError: The checkpoint cannot be written.
+    """
+    if checkpoint is not None:
+        check_writable(checkpoint)
+    shards = Shards(path)
+    layers = _choose(shards, include, exclude, smallest)
+    known = (
+        fisher
+        if fisher is None or hasattr(fisher, "keys") or hasattr(fisher, "diagonal")
+        else Shards(fisher)
+    )
+    counts = _macs(layers, macs)
+    with Bar("measure: magnitudes", len(layers), enabled=progress) as bar:
+        histograms, squares = [], 0.0
+        for layer in layers:
+            weight = shards.read(layer.name)
+            histograms.append(_histogram(layer, weight))
+            squares += sum_of_squares(weight)
+            del weight
+            bar.advance()
+    sizes = [layer.size for layer in layers]
+    chosen = tuple(grids) if grids is not None else None
+    chosen = chosen or grids_from(steps_from(squares, sum(sizes)))
+    check_levels(chosen, sparsities)
+    shares = histogram_sparsities(histograms, sparsities)
+    key = _key(layers, histograms, chosen, shares, fisher)
+    del histograms
+    columns = TableColumns(chosen)
+    traces: list[float] = []
+    if checkpoint is not None:
+        traces = _resume(checkpoint, key, columns)
+    with Bar(
+        "measure: distortion of every level", len(layers), enabled=progress
+    ) as bar:
+        bar.advance(len(traces))
+        for layer, share in list(zip(layers, shares, strict=True))[len(traces) :]:
+            information, trace = _information(layer, known)
+            matrix = shards.read(layer.name).flatten(1)
+            columns.add(matrix, information, share)
+            del matrix, information
+            traces.append(trace)
+            if checkpoint is not None:
+                _save(checkpoint, key, columns, traces)
+            bar.advance()
+    moments = known if isinstance(known, FisherMoments) else None
+    names = [_layer_name(layer) for layer in layers]
+    everything = sum(tensor.size for tensor in shards.tensors.values())
+    skipped = Counter(t.dtype for t in shards.tensors.values() if t.dtype not in FLOATS)
+    sensitivity = Sensitivity(
+        names=tuple(names),
+        shapes=tuple(layer.shape for layer in layers),
+        macs=np.array(counts, dtype=np.int64),
+        fisher_trace=np.array(traces),
+        fisher_error=np.array(
+            [0.0 if moments is None else moments.relative_error(n) for n in names]
+        ),
+        grids=chosen,
+        overhead_bytes=2 * (everything - sum(sizes)),
+        dense_bytes=4 * everything,
+        samples=0 if moments is None else moments.samples,
+        loss=0.0 if moments is None else moments.loss / moments.samples,
+        provenance={
+            "labels": "unknown",
+            "fisher": "none" if known is None else type(known).__name__,
+            "macs": "one position" if macs is None else "given",
+            "skipped_dtypes": dict(skipped),
+        },
+        **columns.stack(),
+    )
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    return sensitivity
+
+
+def _layer_name(tensor: ShardTensor) -> str:
+    return tensor.name.removesuffix(SUFFIX)
+
+
+def _choose(
+    shards: Shards, include: Sequence[str], exclude: Sequence[str], smallest: int
+) -> list[ShardTensor]:
+    chosen = [
+        tensor
+        for tensor in shards.tensors.values()
+        if tensor.name.endswith(SUFFIX)
+        and tensor.dtype in FLOATS
+        and 2 <= len(tensor.shape) <= 5
+        and tensor.size >= max(smallest, 1)
+        and any(fnmatchcase(_layer_name(tensor), p) for p in include)
+        and not any(fnmatchcase(_layer_name(tensor), p) for p in exclude)
+    ]
+    if not chosen:
+        raise NoCompressibleLayerError(
+            "no tensor can be compressed",
+            got=f"{len(shards.tensors)} tensors",
+            wanted=f"<layer>.weight, 2 to 5 dimensions, {', '.join(FLOATS)}",
+            fix="look at include, exclude and smallest",
+        )
+    return chosen
+
+
+def _macs(layers: list[ShardTensor], macs: Mapping[str, int] | None) -> list[int]:
+    if macs is None:
+        return [layer.size for layer in layers]
+    missing = [n for n in map(_layer_name, layers) if n not in macs]
+    if missing:
+        raise OptionError("a layer has no MACs", got=missing[0])
+    return [macs[_layer_name(layer)] for layer in layers]
+
+
+def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
+    try:
+        return ops.magnitude_histogram(weight).to_sparse()
+    except ValueError as error:
+        raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
+
+
+def _information(
+    layer: ShardTensor, known: Any
+) -> tuple[torch.Tensor | float | None, float]:
+    """Return the diagonal or trace of a layer for its table, and its trace."""
+    name, rows = _layer_name(layer), layer.shape[0]
+    if known is None:
+        return None, float(layer.size)
+    try:
+        if isinstance(known, FisherMoments):
+            return known.diagonal(name).view(rows, -1).float(), known.mean_trace(name)
+        if not isinstance(known, Shards):
+            return float(known[name]), float(known[name])
+        diagonal = known.read(layer.name)
+    except KeyError as error:
+        raise OptionError("a layer has no Fisher information", got=name) from error
+    if tuple(diagonal.shape) != layer.shape:
+        raise FormatError(
+            f"the diagonal of {name} has another shape",
+            got=tuple(diagonal.shape),
+            wanted=layer.shape,
+        )
+    diagonal = diagonal.reshape(rows, -1).float()
+    return diagonal, float(diagonal.sum(dtype=torch.float64))
+
+
+def _key(
+    layers: list[ShardTensor],
+    histograms: list[torch.Tensor],
+    grids: Sequence[Grid],
+    shares: list[list[float]],
+    fisher: Any,
+) -> str:
+    """Return what a checkpoint must have in common with this call."""
+    given = fisher
+    if isinstance(fisher, FisherMoments):
+        given = zlib.crc32(fisher.to_bytes({}))
+    elif hasattr(fisher, "items"):
+        given = sorted(fisher.items())
+    check = zlib.crc32(repr([(t.name, t.shape, t.dtype) for t in layers]).encode())
+    for histogram in histograms:
+        check = zlib.crc32(histogram.indices().numpy().tobytes(), check)
+        check = zlib.crc32(histogram.values().numpy().tobytes(), check)
+    check = zlib.crc32(repr((list(grids), shares, str(given))).encode(), check)
+    return f"{check:08x}"
+
+
+def _save(
+    path: str | os.PathLike[str], key: str, columns: TableColumns, traces: list[float]
+) -> None:
+    arrays = columns.stack() | {"fisher_trace": np.array(traces)}
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    saved = safetensors.numpy.save(arrays, {"shards": json.dumps({"key": key})})
+    write_atomically(path, saved)
+
+
+def _resume(
+    path: str | os.PathLike[str], key: str, columns: TableColumns
+) -> list[float]:
+    if not Path(path).exists():
+        return []
+    try:
+        with safetensors.safe_open(Path(path), framework="np") as file:
+            saved = json.loads((file.metadata() or {})["shards"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        traces = [float(t) for t in arrays.pop("fisher_trace")]
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("%s is damaged and not used: %s", path, error)
+        return []
+    if saved.get("key") != key:
+        logger.warning("%s belongs to another measurement and is not used", path)
+        return []
+    columns.restore(arrays)
+    return traces

@@ -262,6 +262,11 @@ std::string distortion_table_cuda(const DistortionShape& shape, const T* weight,
   if (fisher != nullptr && std::isfinite(shape.smoothing)) {
     const double mean = found.sum_fisher / static_cast<double>(std::max<int64_t>(count, 1));
     layer.offset = static_cast<float>(shape.smoothing * mean);
+    if (importance == nullptr) {
+      const std::string problem =
+          importance_too_large(found.max_weight, found.max_fisher, layer.offset);
+      if (!problem.empty()) return problem;
+    }
   }
   queue.to_device(table.offset, &layer.offset, sizeof(float));
   set_thresholds(shape, table, queue, &layer);

@@ -139,6 +139,15 @@ std::string step_too_small(const Grid& grid, float max) {
   return text.str();
 }
 
+std::string importance_too_large(float max_weight, float max_fisher, float offset) {
+  if (std::isfinite((max_fisher + offset) * (max_weight * max_weight))) return {};
+  std::ostringstream text;
+  text << "importances are beyond float32 for weights up to " << max_weight
+       << " and a Fisher diagonal up to " << max_fisher
+       << ": take magnitudes (smoothing=inf), or give an importance";
+  return text.str();
+}
+
 template <class T>
 std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, const float* fisher,
                                  const float* importance, const DistortionTable& table) {
@@ -153,6 +162,11 @@ std::string distortion_table_cpu(const DistortionShape& shape, const T* weight, 
   const bool smooth = fisher != nullptr && std::isfinite(shape.smoothing);
   const double mean = found.sum_fisher / static_cast<double>(std::max<int64_t>(count, 1));
   *table.offset = smooth ? static_cast<float>(shape.smoothing * mean) : INFINITY;
+  if (smooth && importance == nullptr) {
+    const std::string problem =
+        importance_too_large(found.max_weight, found.max_fisher, *table.offset);
+    if (!problem.empty()) return problem;
+  }
 
   uint32_t max_key = 0;
   const Importance<T> rule =

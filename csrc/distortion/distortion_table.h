@@ -56,6 +56,9 @@ constexpr double kLargestCode = 1048576.0;
 double largest_code(const Grid& grid, float max);
 std::string step_too_small(const Grid& grid, float max);
 
+// What to say if (F + offset)·w² may be beyond float32 for values up to these; else nothing.
+std::string importance_too_large(float max_weight, float max_fisher, float offset);
+
 // T: float, BFloat16 or Float16. fisher may be null: 1 everywhere. importance may be null: then it
 // is |w|, or (F + offset)·w² with offset = κ·mean F if there is a diagonal and κ is finite. Returns
 // an empty text or what is wrong with the values.

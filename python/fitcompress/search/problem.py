@@ -68,12 +68,15 @@ class Problem:
         share = (
             f" ({100 * self.smallest() / dense:.2f} %)" if self.kind == "size" else ""
         )
+        fix = "raise the budget, or measure coarser grids and more sparsity"
+        if self.kind == "bops" and not self.activations.any():
+            fix = "raise the budget, or measure with activation_bits and coarser grids"
         raise BudgetInfeasibleError(
             "no plan meets the budget",
             smallest=self.smallest(),
             got=f"{got} {unit}",
             wanted=f"at least {self.smallest()} {unit}{share}, the smallest possible",
-            fix="raise the budget, or measure coarser grids and more sparsity",
+            fix=fix,
         )
 
     def plan(self, choice: Choice) -> Plan:

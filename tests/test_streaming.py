@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+import fitcompress as fc
 from fitcompress import ops
 from fitcompress.errors import FormatError, NonFiniteError, OptionError
 from fitcompress.sensitivity import streaming
@@ -211,3 +213,30 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path) -> None:
         check=True,
     )
     assert int(done.stdout) < 20 * 1024
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_moments_of_a_model(tmp_path, diagonal) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 40)).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    moments = fc.measure_fisher(
+        model, [torch.randn(64, 40)], diagonal=diagonal, progress=False
+    )
+    table = fc.measure_shards(
+        tmp_path / "model.safetensors",
+        fisher=moments,
+        grids=GRIDS,
+        sparsities=SHARES,
+        progress=False,
+    )
+    assert table.names == ("0", "2")
+    assert table.samples == 64
+    bits = [g.bits for g in GRIDS if g.bits]
+    steps = [g.step for g in GRIDS if g.step]
+    for row, name in enumerate(table.names):
+        weight = model.get_submodule(name).weight
+        known = moments.diagonal(name) if diagonal else moments.mean_trace(name)
+        cells = ops.distortion_table(weight, known, bits, steps, table.sparsity[row])
+        assert torch.equal(torch.tensor(table.distortion[row]), cells.distortion)
+        assert table.fisher_trace[row] == moments.mean_trace(name)

@@ -6,20 +6,20 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import safetensors
+import torch
 
 from fitcompress.errors import FormatError
 
 if TYPE_CHECKING:
     import os
 
-    import torch
-
 __all__ = ["ShardTensor", "Shards"]
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,24 @@ class ShardTensor:
         path: The file that holds it.
         dtype: As safetensors spells it: F32, BF16, F16, …
         shape: Its shape.
+        start: Where its bytes begin in the file.
     """
 
     name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     @property
     def size(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Number of its bytes, if it can be read."""
+        return self.size * (4 if self.dtype == "F32" else 2)
 
 
 class Shards:
@@ -74,6 +81,7 @@ class Shards:
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise FormatError(f"{path} has no tensors", wanted=".safetensors files")
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.tensors: dict[str, ShardTensor] = {}
         for file in files:
             self._list(file)
@@ -82,21 +90,47 @@ class Shards:
             self._check(path, expected)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor; nothing else of its file stays in memory.
+        """Return one tensor of float32, bfloat16 or float16, until the next is read.
+
+        All share one buffer, which does not fall to pieces as memory that is freed and
+        taken again does; and only the tensor's own bytes are read, since the pages of a
+        mapped file would count as memory of this process.
 
         Raises:
-            FormatError: The file is damaged.
+            FormatError: The file is damaged, or the tensor of another type.
         """
-        path = self.tensors[name].path
+        found = self.tensors[name]
+        if found.dtype not in DTYPES:
+            raise FormatError(
+                f"{name} in {found.path} has another type",
+                got=found.dtype,
+                wanted=", ".join(DTYPES),
+            )
+        self.reserve(found.bytes)
+        data = self._buffer[: found.bytes]
+        left = memoryview(cast("bytearray", data.numpy()))
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise FormatError(f"{name} in {path} cannot be read: {error}") from error
-        return tensor
+            with found.path.open("rb") as file:
+                file.seek(found.start)
+                while len(left) and (count := file.readinto(left)):
+                    left = left[count:]
+        except OSError as error:
+            raise FormatError(
+                f"{name} in {found.path} cannot be read: {error}"
+            ) from error
+        if len(left):
+            raise FormatError(f"{found.path} ends within {name}")
+        return data.view(DTYPES[found.dtype]).view(found.shape)
+
+    def reserve(self, size: int) -> None:
+        """Make room for tensors of up to ``size`` bytes."""
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one first
+            self._buffer = torch.empty(size, dtype=torch.uint8)
 
     def _list(self, path: Path) -> None:
         try:
+            starts = _starts(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
                     if name in self.tensors:
@@ -108,8 +142,8 @@ class Shards:
                         )
                     part = file.get_slice(name)
                     shape = tuple(part.get_shape())
-                    found = ShardTensor(name, path, part.get_dtype(), shape)
-                    self.tensors[name] = found
+                    dtype, start = part.get_dtype(), starts[name]
+                    self.tensors[name] = ShardTensor(name, path, dtype, shape, start)
         except FileNotFoundError as error:
             raise FormatError(f"{path} is missing") from error
         except (safetensors.SafetensorError, OSError) as error:
@@ -124,6 +158,24 @@ class Shards:
                     got=f"no {name} in {file}",
                     fix="download the model again",
                 )
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Return where the bytes of every tensor begin; safetensors checks the header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            return {}
+        header = file.read(size)
+    try:
+        known = json.loads(header)
+        return {
+            name: 8 + size + int(about["data_offsets"][0])
+            for name, about in known.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {}
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -71,9 +71,9 @@ def measure_shards(
 
     Args:
         path: A ``.safetensors`` file, a folder with some, or an ``.index.json``.
-        fisher: Layer → trace T ≥ 0 in nats²; moments; or shards with the diagonals
-            under the names of the weights. None: F = 1, so distortion is half the
-            squared error, and is no loss in nats.
+        fisher: Layer → trace T ≥ 0 in nats²; moments, with diagonals or of traces
+            only; or shards with the diagonals under the names of the weights. None:
+            F = 1, so distortion is half the squared error, and is no loss in nats.
         grids: As for `measure`.
         sparsities: As for `measure`.
         include: Shell patterns; a layer must match one.
@@ -105,6 +105,7 @@ def measure_shards(
         else Shards(fisher)
     )
     counts = _macs(layers, macs)
+    shards.reserve(max(layer.bytes for layer in layers))
     with Bar("measure: magnitudes", len(layers), enabled=progress) as bar:
         histograms, squares = [], 0.0
         for layer in layers:
@@ -219,7 +220,10 @@ def _information(
         return None, float(layer.size)
     try:
         if isinstance(known, FisherMoments):
-            return known.diagonal(name).view(rows, -1).float(), known.mean_trace(name)
+            trace = known.mean_trace(name)
+            if name not in known.squares:
+                return trace, trace
+            return known.diagonal(name).view(rows, -1), trace
         if not isinstance(known, Shards):
             return float(known[name]), float(known[name])
         diagonal = known.read(layer.name)

@@ -52,7 +52,7 @@ class TableColumns:
         cells = ops.distortion_table(weight, fisher, bits, steps, shares)
         scales = [16 * weight.shape[0]] * len(bits) + [32] * len(steps)
         entropy = np.ceil(cells.entropy_bits.numpy()).astype(np.int64)
-        largest = float(weight.abs().max())
+        largest = float(cells.range.max())
         codes = [round(largest / s) for s in steps]
         widths = [*bits, *(max(1, (2 * k).bit_length()) for k in codes)]
         self._rows.append(

@@ -33,9 +33,6 @@ int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_uint8();
 
 // Tensors. Sizes, strides and data pointers are borrowed from the tensor.
-AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle tensor, int64_t dim,
-                                              const int64_t* sizes, const int64_t* strides,
-                                              int64_t storage_offset, AtenTensorHandle* result);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle source,
                                 int32_t non_blocking);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
@@ -58,9 +55,7 @@ AOTITorchError torch_delete_list(StableListHandle list);
 AOTITorchError torch_list_get_item(StableListHandle list, size_t index, StableIValue* result);
 AOTITorchError torch_list_size(StableListHandle list, size_t* result);
 
-// Operators, called and defined.
-AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack,
-                                     uint64_t abi_version);
+// Operators, defined.
 AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle library);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle library, const char* schema);
 AOTITorchError aoti_torch_library_init_def(const char* ns, const char* file, uint32_t line,

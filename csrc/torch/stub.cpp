@@ -5,7 +5,6 @@
   __attribute__((visibility("default"))) void name() {}
 
 extern "C" {
-EXPORT(aoti_torch__reinterpret_tensor)
 EXPORT(aoti_torch_copy_)
 EXPORT(aoti_torch_delete_library_object)
 EXPORT(aoti_torch_delete_tensor_object)
@@ -33,7 +32,6 @@ EXPORT(aoti_torch_library_def)
 EXPORT(aoti_torch_library_init_def)
 EXPORT(aoti_torch_library_init_impl)
 EXPORT(aoti_torch_new_tensor_handle)
-EXPORT(torch_call_dispatcher)
 EXPORT(torch_delete_list)
 EXPORT(torch_library_impl)
 EXPORT(torch_list_get_item)

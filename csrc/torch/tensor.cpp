@@ -81,20 +81,6 @@ void Tensor::copy_(const Tensor& source) const {
   check_torch(aoti_torch_copy_(handle_, source.get(), 0), "copy");
 }
 
-Tensor Tensor::stable_argsort() const {
-  const Tensor values = contiguous();
-  const int64_t size = numel(), stride = 1;
-  AtenTensorHandle flat = nullptr;
-  check_torch(aoti_torch__reinterpret_tensor(values.get(), 1, &size, &stride, 0, &flat), "flatten");
-  // sort.stable(Tensor self, *, bool? stable, int dim, bool descending) -> (values, indices);
-  // libtorch takes the tensor and the memory of the optional.
-  StableIValue stack[4] = {reinterpret_cast<StableIValue>(flat),
-                           reinterpret_cast<StableIValue>(new StableIValue(1)), 0, 0};
-  check_torch(torch_call_dispatcher("aten::sort", "stable", stack, kAbiVersion), "sort");
-  Tensor sorted(reinterpret_cast<AtenTensorHandle>(stack[0]));
-  return Tensor(reinterpret_cast<AtenTensorHandle>(stack[1]));
-}
-
 std::vector<int64_t> Tensor::sizes() const {
   const auto* sizes = property<int64_t*>(aoti_torch_get_sizes, handle_, "sizes");
   return {sizes, sizes + dim()};

@@ -35,8 +35,6 @@ class Tensor {
   Tensor contiguous(Dtype dtype) const;
   Tensor contiguous() const { return contiguous(dtype()); }
   void copy_(const Tensor& source) const;
-  // The indices that sort the flat elements, ties in order of index.
-  Tensor stable_argsort() const;
 
   std::vector<int64_t> sizes() const;
   std::vector<int64_t> strides() const;  // in elements

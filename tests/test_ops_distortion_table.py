@@ -178,6 +178,29 @@ def test_the_first_of_equal_clips():
     assert table.clip.tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
+@pytest.mark.parametrize("trace", [0.0, 1e-30, 7.0])
+def test_a_trace_does_not_choose_clips(trace):
+    weight, _ = example(5, 40)
+    options = {"granularity": 8, "clips": ops.CLIPS}
+    assert_equals_the_twin(weight, trace, [2, 3], [0.5], [0.0, 0.5], **options)
+    table = ops.distortion_table(weight, trace, [2, 3], **options)
+    plain = ops.distortion_table(weight, None, [2, 3], **options)
+    assert torch.equal(table.clip, plain.clip)
+    assert (table.clip < 1).any()
+
+
+@pytest.mark.parametrize("granularity", [7, 10**9, 2**63 - 1])
+def test_a_group_wider_than_the_row_is_the_row(granularity):
+    weight, fisher = example(4, 6)
+    rows = ops.distortion_table(weight, fisher, [2, 4], clips=ops.CLIPS)
+    options = {"granularity": granularity, "clips": ops.CLIPS}
+    groups = ops.distortion_table(weight, fisher, [2, 4], **options)
+    for ours, other in zip(groups, rows, strict=True):
+        assert torch.equal(ours, other)
+    empty = ops.distortion_table(weight[:, :0], None, [4], granularity=granularity)
+    assert empty.distortion.item() == 0
+
+
 def test_rows_of_zeros():
     weight, fisher = example(4, 6)
     weight[1] = 0

@@ -209,15 +209,18 @@ def at(value, row, column):
         ({"sparsities": [math.nan]}, "got nan"),
         ({"sparsities": [0.0] * 32768}, "at most 32767 sparsities, got 32768"),
         ({"clips": []}, "at least one"),
-        ({"clips": [1.5]}, r"clips must be in \(0, 1\], got 1.5"),
-        ({"clips": [1e-40]}, r"clips must be in \(0, 1\], got 1"),
-        ({"clips": [1.0, 0.0]}, r"clips must be in \(0, 1\], got 0"),
+        ({"clips": [1.5]}, r"clips must be in \[1e-30, 1\], got 1.5"),
+        ({"clips": [1e-40]}, r"clips must be in \[1e-30, 1\], got 1"),
+        ({"clips": [1.0, 0.0]}, r"clips must be in \[1e-30, 1\], got 0"),
         ({"clips": [math.nan]}, "got nan"),
         ({"smoothing": -1.0}, "smoothing must be at least 0, got -1"),
         ({"smoothing": math.nan}, "smoothing must be at least 0, got nan"),
         ({"granularity": "row"}, "'tensor' or a number of columns, got 'row'"),
         ({"granularity": 0}, "or a number of columns, got 0"),
+        ({"granularity": True}, "or a number of columns, got True"),
         ({"granularity": 2.0}, "or a number of columns, got 2.0"),
+        ({"weight": torch.ones(2, 3, device="meta")}, "one device, got cpu, meta"),
+        ({"importance": torch.ones(2, 3, device="meta")}, "one device, got cpu, meta"),
         ({"dead_zone": 0.25}, "dead_zone must be at least 0.5 and finite, got 0.25"),
         ({"dead_zone": math.inf}, "at least 0.5 and finite, got inf"),
         ({"weight": at(math.nan, 1, 2)}, "finite, got nan at row 1, column 2"),
@@ -239,6 +242,14 @@ def test_bad_arguments(change, message):
     }
     with pytest.raises(ValueError, match=f"distortion_table: .*{message}"):
         ops.distortion_table(**{**arguments, **change})
+
+
+def test_the_mask_of_a_transposed_weight():
+    weight, fisher = random(6, 9).T, random(6, 9, seed=1).square().T
+    assert not weight.is_contiguous()
+    assert_masks(weight)
+    assert_masks(weight, fisher=fisher, smoothing=0.5)
+    assert_masks(weight, importance=fisher)
 
 
 def test_importances_beyond_float32_are_an_error():

@@ -107,7 +107,7 @@ def test_the_largest_code_is_inside():
     assert grads[0].tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("delta", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("delta", [0.0, -1.0, -float("inf")])
 def test_a_scale_that_is_not_positive_gives_zeros(delta):
     weight = torch.randn(2, 9)
     scale = torch.tensor([delta, 1.0])
@@ -115,6 +115,35 @@ def test_a_scale_that_is_not_positive_gives_zeros(delta):
     grads = backward(torch.ones(2, 9), weight, scale, None, 3)
     assert not grads[0][0].any()
     assert grads[1][0] == 0
+
+
+@pytest.mark.parametrize("max_code", [0, 3, 2**23])
+def test_a_scale_that_is_no_number_is_not_hidden(max_code):
+    weight = torch.randn(2, 70)
+    mask = ops.pack_mask(torch.arange(140) % 5 > 0)
+    scale = torch.tensor([float("nan"), 1.0])
+    result = ops.fake_quantize_prune(weight, scale, mask, max_code)
+    kept = ops.unpack_mask(mask, weight.shape)
+    assert torch.equal(result[0].isnan(), kept[0])
+    twin = reference.fake_quantize_prune(weight, scale, mask, max_code)
+    assert torch.equal(result.nan_to_num(99), twin.nan_to_num(99))
+    grads = backward(torch.ones(2, 70), weight, scale, mask, max_code)
+    expected = reference.fake_quantize_prune_backward(
+        torch.ones(2, 70), weight, scale, mask, max_code
+    )
+    assert torch.equal(grads[0], expected[0])
+    torch.testing.assert_close(grads[1], expected[1], equal_nan=True)
+    assert grads[1].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("group", [6, 10**9, 2**63 - 1])
+def test_a_group_wider_than_the_row_is_the_row(group):
+    weight, scale, mask = example((4, 5))
+    rows = ops.fake_quantize_prune(weight, scale, mask, 3)
+    assert torch.equal(ops.fake_quantize_prune(weight, scale, mask, 3, group=group), rows)
+    grads = backward(weight, weight, scale, mask, 3, None, group)
+    for ours, other in zip(grads, backward(weight, weight, scale, mask, 3), strict=True):
+        assert torch.equal(ours, other)
 
 
 def test_large_codes_are_exact():
@@ -196,6 +225,7 @@ def test_same_bits_for_any_number_of_threads():
         ({1: torch.ones(4).double()}, "scale must be float32, got float64"),
         ({2: torch.zeros(3, dtype=torch.bool)}, "mask must be uint8, got bool"),
         ({2: torch.zeros(20, dtype=torch.uint8)}, r"shape \[3\], got \[20\]"),
+        ({1: torch.ones(4, device="meta")}, "one device, got cpu, meta"),
         ({4: 1}, "min_code must be at most 0, got 1"),
         ({3: 0, 4: -1}, "min_code needs a max_code above 0, got 0"),
         ({5: -1}, "group must be a number of columns, or 0 for the row, got -1"),

@@ -40,6 +40,15 @@ def test_autograd_uses_the_backward_op(max_code):
     torch.testing.assert_close(scale.grad, expected[1])
 
 
+def test_there_is_no_second_derivative():
+    weight, scale, mask = example((4, 9))
+    weight.requires_grad_()
+    result = ops.fake_quantize_prune(weight, scale, mask, 3).square().sum()
+    (grad,) = torch.autograd.grad(result, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
 def test_scale_gradient_is_a_finite_difference():
     # d/dΔ of Δ·k at a fixed code is k, and STE adds −w/Δ: the clipped weights alone
     # have a derivative in the ordinary sense

@@ -54,6 +54,12 @@ def test_same_counts_for_any_number_of_threads():
     assert torch.equal(*found)
 
 
+def test_meta_tensors_have_a_shape():
+    counts = ops.magnitude_histogram(torch.ones(3, device="meta"))
+    assert counts.shape == (ops.MAGNITUDE_BINS,)
+    assert counts.is_meta
+
+
 def test_opcheck():
     torch.library.opcheck(
         torch.ops.fitcompress.magnitude_histogram.default, (example((3, 4)),)

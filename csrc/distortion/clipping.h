@@ -8,7 +8,7 @@
 namespace fitcompress {
 
 // Writes the clips, [B, U]: in each unit and for each fixed-point grid the first of the candidates
-// with the least Σ F (θ − θ̂)². Returns whether any candidate is not 1.
+// with the least Σ F (θ − θ̂)², up to rounding. Returns whether any candidate is not 1.
 template <class T>
 bool choose_clips(const Layer<T>& layer, float* clip);
 

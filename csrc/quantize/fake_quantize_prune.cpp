@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kStep = 16;
 constexpr int64_t kUnrolled = 64;       // elements whose mask is read at once
-constexpr int64_t kFlush = 512;         // elements whose terms are summed in float32
+constexpr int64_t kFlush = 512;         // elements whose terms are summed in float32, 16 sums
 constexpr float kMagic = 12582912.0f;   // 1.5 · 2^23: pushes the fraction out of the mantissa
 constexpr float kMagicLimit = 4194303;  // for numbers up to 2^22
 constexpr float kExact = 8388608.0f;    // 2^23: floats from here on are integers
@@ -248,7 +248,7 @@ void fake_quantize_prune_cpu(const QuantizePruneShape& shape, const T* weight, c
                             int64_t end) __attribute__((always_inline)) {
     constexpr int kLanes = decltype(lanes)::value;
     const Run run(shape, scale[run_index]);
-    if (!(run.delta > 0.0f)) {
+    if (run.delta <= 0.0f) {  // not if it is NaN
       std::memset(static_cast<void*>(result + begin), 0, sizeof(T) * (end - begin));
     } else if (run.small) {
       forward_piece<true, kLanes>(run, mask, bytes, weight, begin, end, result);
@@ -275,7 +275,7 @@ void fake_quantize_prune_backward_cpu(const QuantizePruneShape& shape, const T* 
     constexpr int kLanes = decltype(lanes)::value;
     const Run run(shape, scale[run_index]);
     double sum = 0.0;
-    if (!(run.delta > 0.0f)) {
+    if (run.delta <= 0.0f) {  // not if it is NaN
       std::memset(static_cast<void*>(grad_weight + begin), 0, sizeof(T) * (end - begin));
     } else if (run.small) {
       sum = backward_piece<true, kLanes>(run, mask, bytes, shape.regrow, grad, weight, begin, end,

@@ -3,8 +3,8 @@
 // A warp owns one piece, at most kWarpPiece elements with one Δ; its lanes take 16 bytes each at a
 // time where rows and runs begin at multiples of them, else one element each. Forward reads w and
 // one bit an element and writes ŵ; backward also reads the gradient, and leaves one float64 sum a
-// piece, which a second kernel adds up for each run. The same bits as on the CPU, but for the order
-// of these sums. Bound: memory.
+// piece, which a second kernel adds up for each run. The same bits as on the CPU, but for these sums,
+// which there begin in float32. Bound: memory.
 #include <algorithm>
 #include <initializer_list>
 
@@ -90,7 +90,7 @@ __global__ void forward_kernel(QuantizePruneShape shape, int64_t per_run, const 
     const unsigned bits = mask_bits<Width>(mask, i);
     for (int j = 0; j < Width; ++j) {
       float value = 0.0f;
-      if (delta > 0.0f && ((bits >> j) & 1u) != 0) {
+      if (!(delta <= 0.0f) && ((bits >> j) & 1u) != 0) {
         const float code = rintf(to_float(pack.values[j]) / delta) + 0.0f;
         value = delta * clip(code, shape.min_code, shape.max_code);
       }
@@ -115,7 +115,7 @@ __global__ void backward_kernel(QuantizePruneShape shape, int64_t per_run, const
     const unsigned bits = mask_bits<Width>(mask, i);
     for (int j = 0; j < Width; ++j) {
       float gradient = 0.0f;
-      if (delta > 0.0f) {
+      if (!(delta <= 0.0f)) {
         const bool kept = ((bits >> j) & 1u) != 0;
         const float x = to_float(weights.values[j]) / delta;
         const float code = rintf(x) + 0.0f;

@@ -1,5 +1,6 @@
 #include "distortion/distortion_table.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "torch/adapters.h"
@@ -48,12 +49,13 @@ void check_scales(const std::vector<double>& clips, DistortionShape* shape) {
   require(!clips.empty(), kOp, ": clips must hold at least one number");
   for (const double clip : clips) {
     // Far smaller ones would have infinitely many codes a unit in float32.
-    require(clip >= 1e-30 && clip <= 1.0, kOp, ": clips must be in (0, 1], got ", clip);
+    require(clip >= 1e-30 && clip <= 1.0, kOp, ": clips must be in [1e-30, 1], got ", clip);
     shape->clips.push_back(static_cast<float>(clip));
   }
   require(shape->group >= -1, kOp,
           ": group must be a number of columns, 0 for the row or -1 for the tensor, got ",
           shape->group);
+  shape->group = std::min(shape->group, std::max<int64_t>(shape->cols, 1));
 }
 
 DistortionShape check_arguments(const Tensor& weight, const std::vector<int64_t>& bits,

@@ -18,7 +18,8 @@ QuantizePruneShape check_arguments(const char* op, const Tensor& weight, const T
   const int64_t first_dim = weight.dim() == 0 ? 1 : weight.size(0);
   const int64_t cols = first_dim == 0 ? 0 : count / first_dim;
   require(group >= 0, op, ": group must be a number of columns, or 0 for the row, got ", group);
-  const int64_t width = group == 0 ? std::max<int64_t>(cols, 1) : group;
+  const int64_t whole = std::max<int64_t>(cols, 1);
+  const int64_t width = group == 0 ? whole : std::min(group, whole);
   const int64_t per_row = group == 0 ? 1 : (cols + width - 1) / width;
   const int64_t scales = scale.numel();
   if (group == 0) {

@@ -114,7 +114,10 @@ int Tensor::device_index() const {
 }
 
 bool Tensor::same_device(const Tensor& other) const {
-  return is_cuda() == other.is_cuda() && (!is_cuda() || device_index() == other.device_index());
+  const auto type = [](const Tensor& tensor) {
+    return property<int32_t>(aoti_torch_get_device_type, tensor.get(), "device type");
+  };
+  return type(*this) == type(other) && (!is_cuda() || device_index() == other.device_index());
 }
 
 void* Tensor::data() const {

@@ -3,8 +3,8 @@
 The kernels live in the shared library `_ops.so` and are registered with torch as
 `torch.ops.fitcompress.*` when this package is imported. They run on the CPU, on torch's
 own threads, and, in a build with CUDA (`has_cuda`), on CUDA tensors. Results do not
-depend on the number of threads. `fitcompress.reference` has the same functions in plain
-torch.
+depend on the number of threads. `fitcompress.reference` has their twins in plain torch,
+except of those that are a few lines of it themselves.
 
 Only `fake_quantize_prune` has a gradient; the other functions detach their arguments.
 """

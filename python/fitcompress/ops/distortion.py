@@ -51,7 +51,8 @@ class DistortionTable(NamedTuple):
     position: Tensor
     """Its flat index, int64 [S]: of equally important ones, those before it leave."""
     offset: Tensor
-    """κ · mean F, which the importance adds to F, float32, one number."""
+    """κ · mean F, which the importance adds to F, float32, one number; infinity if the
+    importance is the magnitude, and without weights."""
     clip: Tensor
     """Range of each fixed-point grid over max|w| of each of U scale units, float32
     [B, U]."""
@@ -82,11 +83,13 @@ def distortion_table(
 
     - b bits, q = 2^(b−1) − 1: over all weights of a scale unit R = max|w|, then
       Δ = c·R/q and codes clip(round(w/R · q/c), ±q), where c is the entry of `clips`
-      with the least Σ F (θ − θ̂)² in that unit (the first of equals);
+      with the least Σ F (θ − θ̂)² in that unit (of equals, up to rounding, the first;
+      a trace, whatever it is, counts as 1 here);
     - step Δ: codes round(w/Δ) without bounds, 0 where |w| < `dead_zone`·Δ.
 
     Rounding is half to even; w/R, q/c, their product, w/Δ and importances are float32,
-    θ̂ exact, sums float64. Takes a few reads of the weight and little memory besides.
+    θ̂ exact, sums float64. With up to hundreds of sparsities, takes a few reads of the
+    weight and, beyond a million weights, less than a tenth of its memory besides.
 
     Args:
         weight: [R, N], float32, bfloat16 or float16; rows are output channels.
@@ -99,7 +102,7 @@ def distortion_table(
         smoothing: κ ≥ 0; infinity, and always without a diagonal: magnitude.
         granularity: What shares a scale: the row (`"channel"`), the `"tensor"`, or so
             many consecutive columns of a row, the last group perhaps shorter.
-        clips: Candidates for c in (0, 1]; `CLIPS` has 32 of them.
+        clips: Candidates for c in [1e-30, 1]; `CLIPS` has 32 of them.
         dead_zone: Half the width of the zero bin of entropy-coded grids in steps, at
             least ½.
 
@@ -117,7 +120,11 @@ def distortion_table(
     """
     if granularity in ("channel", "tensor"):
         group = 0 if granularity == "channel" else -1
-    elif isinstance(granularity, int) and granularity > 0:
+    elif (
+        isinstance(granularity, int)
+        and not isinstance(granularity, bool)
+        and granularity > 0
+    ):
         group = granularity
     else:
         message = (
@@ -184,10 +191,11 @@ def level_mask(
             importance = importance.abs()
         else:
             importance = (fisher.detach() + offset) * (importance * importance)
+    importance = importance.detach().contiguous()
     threshold, first = table.threshold[sparsity], int(table.position[sparsity])
     mask = importance > threshold
     flat = mask.view(-1)[first:]
-    flat |= importance.reshape(-1)[first:] == threshold
+    flat |= importance.view(-1)[first:] == threshold
     return mask
 
 

@@ -39,6 +39,8 @@ def magnitude_histogram(weight: Tensor) -> Tensor:
         ([0, 16256], 2)
     """
     counts: Tensor = torch.ops.fitcompress.magnitude_histogram(weight.detach())
+    if counts.is_meta:
+        return counts
     bad = int(counts[INFINITE:].sum())
     if bad:
         message = f"magnitude_histogram: weight has {bad} values that are not finite"

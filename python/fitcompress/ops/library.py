@@ -32,7 +32,17 @@ def instruction_set() -> str:
 
 def register_fake(name: str, function: Callable[..., Any]) -> None:
     """Tell torch how to trace a native op without running it."""
-    torch.library.register_fake(f"fitcompress::{name}", function)
+
+    def checked(*arguments: Any) -> Any:
+        # torch comes here if any argument is on the meta device.
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        if len(devices) > 1:
+            message = f"{name}: tensors must be on one device, got {', '.join(devices)}"
+            raise ValueError(message)
+        return function(*arguments)
+
+    torch.library.register_fake(f"fitcompress::{name}", checked)
 
 
 def fake_in_place(*arguments: Any) -> None:

@@ -36,14 +36,15 @@ def distortion_table(
     offset = torch.tensor(math.inf)
     rule = theta.abs()
     if isinstance(fisher, torch.Tensor):
-        f = fisher.double()
-        if smoothing < math.inf:
-            offset = (smoothing * (f.mean() if count else f.sum())).float()
+        f = choice = fisher.double()
+        if count and smoothing < math.inf:
+            offset = (smoothing * f.mean()).float()
             if offset < math.inf:
                 rule = (fisher + offset) * (theta * theta)
     else:
         share = 1.0 if fisher is None else fisher / max(count, 1)
         f = torch.full_like(theta, share, dtype=torch.float64)
+        choice = torch.ones_like(f)
     importance = rule if importance is None else importance
     order = importance.flatten().argsort(stable=True)
     masks, threshold, position = [], theta.new_zeros(len(sparsities)), []
@@ -69,7 +70,7 @@ def distortion_table(
         for c in torch.tensor(clips, dtype=torch.float32).to(theta):
             gain = (q / c.double()).float()
             value = (scaled * gain).round().clamp(-q, q).double() * (c.double() / q)
-            error = f * (theta - value * reach[unit]).square()
+            error = choice * (theta - value * reach[unit]).square()
             total = torch.zeros_like(least)
             total.index_add_(0, unit.flatten(), error.flatten())
             clip[i] = torch.where(total < least, c, clip[i])

@@ -43,7 +43,7 @@ def fake_quantize_prune_backward(
     position = weight.float() / delta
     codes = _codes(weight.float(), delta, max_code, min_code)
     inside = position.round() == codes
-    free = delta > 0
+    free = ~(delta <= 0)
     kept = _keep(mask, weight) & free
     passes = inside & (free if regrow else kept)
     grad_weight = torch.where(passes, grad.float(), 0.0)
@@ -61,7 +61,7 @@ def _codes(
     codes = (weight / delta).round()
     if max_code > 0:
         codes = codes.clamp(-max_code if min_code is None else min_code, max_code)
-    return torch.where(delta > 0, codes, 0.0) + 0.0  # no −0
+    return torch.where(delta <= 0, 0.0, codes) + 0.0  # no −0
 
 
 def _per_weight(scale: Tensor, weight: Tensor, group: int) -> Tensor:

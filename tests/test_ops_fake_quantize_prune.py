@@ -140,9 +140,13 @@ def test_a_scale_that_is_no_number_is_not_hidden(max_code):
 def test_a_group_wider_than_the_row_is_the_row(group):
     weight, scale, mask = example((4, 5))
     rows = ops.fake_quantize_prune(weight, scale, mask, 3)
-    assert torch.equal(ops.fake_quantize_prune(weight, scale, mask, 3, group=group), rows)
+    assert torch.equal(
+        ops.fake_quantize_prune(weight, scale, mask, 3, group=group), rows
+    )
     grads = backward(weight, weight, scale, mask, 3, None, group)
-    for ours, other in zip(grads, backward(weight, weight, scale, mask, 3), strict=True):
+    for ours, other in zip(
+        grads, backward(weight, weight, scale, mask, 3), strict=True
+    ):
         assert torch.equal(ours, other)
 
 

@@ -3,8 +3,8 @@
 // A warp owns one piece, at most kWarpPiece elements with one Δ; its lanes take 16 bytes each at a
 // time where rows and runs begin at multiples of them, else one element each. Forward reads w and
 // one bit an element and writes ŵ; backward also reads the gradient, and leaves one float64 sum a
-// piece, which a second kernel adds up for each run. The same bits as on the CPU, but for these sums,
-// which there begin in float32. Bound: memory.
+// piece, which a second kernel adds up for each run. The same bits as on the CPU, but for these
+// sums, which there begin in float32. Bound: memory.
 #include <algorithm>
 #include <initializer_list>
 

@@ -1,4 +1,4 @@
-# _core: path search and entropy coder, plain C++17 under pybind11. Knows numpy arrays, not torch.
+# _core: searches and entropy coder, plain C++17 under pybind11. Knows numpy arrays, not torch.
 # The pip build finds pybind11 as a build requirement; a bare cmake run asks the interpreter for it.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 if(NOT pybind11_DIR)
@@ -11,12 +11,24 @@ find_package(pybind11 2.13 CONFIG REQUIRED)
 
 pybind11_add_module(_core MODULE
   csrc/search/bindings.cpp
+  csrc/search/branch_and_bound.cpp
+  csrc/search/convex_front.cpp
+  csrc/search/knapsack.cpp
+  csrc/search/knapsack_bindings.cpp
+  csrc/search/level_lists.cpp
+  csrc/search/mixture.cpp
+  csrc/search/multipliers.cpp
   csrc/search/path_search.cpp
   csrc/search/path_tables.cpp
+  csrc/search/plan_repair.cpp
+  csrc/search/single_budget.cpp
   csrc/storage/weight_codec.cpp)
-# The same path on every machine: no fused multiply-add where the source has two roundings.
+# The same plan on every machine: no fused multiply-add where the source has two roundings.
 set_source_files_properties(
-  csrc/search/path_search.cpp csrc/search/path_tables.cpp
+  csrc/search/branch_and_bound.cpp csrc/search/convex_front.cpp csrc/search/knapsack.cpp
+  csrc/search/level_lists.cpp csrc/search/mixture.cpp csrc/search/multipliers.cpp
+  csrc/search/path_search.cpp csrc/search/path_tables.cpp csrc/search/plan_repair.cpp
+  csrc/search/single_budget.cpp
   PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_link_libraries(_core PRIVATE fitcompress_options)
 install(TARGETS _core LIBRARY DESTINATION fitcompress)

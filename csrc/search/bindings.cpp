@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "search/knapsack_bindings.h"
 #include "search/path_search.h"
 #include "storage/weight_codec.h"
 
@@ -155,7 +156,8 @@ py::dict find_path(const py::array& grid_length, const py::array& prune_length,
 
 PYBIND11_MODULE(_core, m) {
   using namespace fitcompress;
-  m.doc() = "Path search and entropy coder of fitcompress, without torch.";
+  m.doc() = "Searches and entropy coder of fitcompress, without torch.";
+  bind_knapsack(m);
   m.def("encode", &encode, py::arg("codes"), py::pos_only(),
         "Integer codes [rows, cols] int32 as bytes.");
   m.def("decode", &decode, py::arg("data"), py::arg("rows"), py::arg("cols"),

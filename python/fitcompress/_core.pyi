@@ -1,5 +1,6 @@
-"""Types of the native module ``_core``: entropy coder and path search."""
+"""Types of the native module ``_core``: entropy coder and searches."""
 
+from collections.abc import Callable
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -14,6 +15,14 @@ class PathResult(TypedDict):
     expansions: int
     status: Literal["reached", "exhausted", "limit"]
     moves: list[tuple[int, int]]
+
+class KnapsackResult(TypedDict):
+    status: Literal["solved", "stopped", "infeasible"]
+    choice: NDArray[np.int64]
+    bound: float
+    nodes: int
+    interrupted: bool
+    timed_out: bool
 
 def encode(codes: NDArray[np.int32], /) -> bytes: ...
 def decode(data: bytes, rows: int, cols: int) -> NDArray[np.int32]: ...
@@ -31,3 +40,14 @@ def path_search(
     beam_width: int,
     max_expansions: int,
 ) -> PathResult: ...
+def knapsack(
+    cost: NDArray[np.int64],
+    value: NDArray[np.float64],
+    limit: NDArray[np.int64],
+    gap: float,
+    seconds: float,
+    progress: Callable[[float, float], None] | None,
+) -> KnapsackResult: ...
+def convex_front(
+    cost: NDArray[np.int64], value: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...

@@ -1,0 +1,41 @@
+#include "search/knapsack.h"
+
+#include <utility>
+
+#include "search/branch_and_bound.h"
+#include "search/level_lists.h"
+#include "search/single_budget.h"
+#include "search/watch.h"
+
+namespace fitcompress {
+
+KnapsackResult knapsack(const KnapsackTables& tables, const KnapsackOptions& options) {
+  tables.check();
+  Watch watch(options);
+  const ReducedKnapsack problem = reduce(tables);
+  if (!problem.feasible) return {};
+  watch.set_scale(problem.scale);
+  KnapsackResult result;
+  if (problem.levels.budgets == 0) {  // every layer has its best level, the only one left
+    result.status = KnapsackStatus::kSolved;
+    for (std::int32_t l = 0; l < problem.levels.layers(); ++l) {
+      result.choice.push_back(l);
+      result.bound += problem.levels.value[static_cast<std::size_t>(l)];
+    }
+  } else if (problem.levels.budgets == 1) {
+    result = solve_single_budget(problem, options.gap, &watch);
+  } else {
+    result = branch_and_bound(problem, options.gap, &watch);
+  }
+  result.bound /= problem.scale;
+  result.timed_out = watch.timed_out();
+  std::vector<std::int32_t> choice(result.choice.size());
+  for (std::size_t l = 0; l < choice.size(); ++l) {
+    const auto level = static_cast<std::size_t>(result.choice[l]);
+    choice[static_cast<std::size_t>(problem.layer[l])] = problem.levels.origin[level];
+  }
+  result.choice = std::move(choice);
+  return result;
+}
+
+}  // namespace fitcompress

@@ -21,6 +21,7 @@ pybind11_add_module(_core MODULE
   csrc/search/path_search.cpp
   csrc/search/path_tables.cpp
   csrc/search/plan_repair.cpp
+  csrc/search/remaining_layers.cpp
   csrc/search/single_budget.cpp
   csrc/storage/weight_codec.cpp)
 # The same plan on every machine: no fused multiply-add where the source has two roundings.
@@ -28,6 +29,7 @@ set_source_files_properties(
   csrc/search/branch_and_bound.cpp csrc/search/convex_front.cpp csrc/search/knapsack.cpp
   csrc/search/level_lists.cpp csrc/search/mixture.cpp csrc/search/multipliers.cpp
   csrc/search/path_search.cpp csrc/search/path_tables.cpp csrc/search/plan_repair.cpp
+  csrc/search/remaining_layers.cpp
   csrc/search/single_budget.cpp
   PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_link_libraries(_core PRIVATE fitcompress_options)

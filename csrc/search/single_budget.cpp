@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <utility>
 
@@ -16,7 +17,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // What is not better by more is rounding.
 constexpr double kRounding = 1e-13;
 // Partial plans of one stage, and of all stages together (8 bytes each).
-constexpr std::size_t kMostPlans = std::size_t{1} << 17;
+constexpr std::size_t kMostPlans = std::size_t{1} << 18;
 constexpr std::size_t kMostSteps = std::size_t{1} << 25;
 
 // The level of a layer, and where those before it are; −1: nowhere.
@@ -120,30 +121,31 @@ class SingleBudget {
     }
   }
 
-  // Layers with changes that might help, the largest first.
-  std::vector<std::int32_t> layers_in_doubt() const {
-    std::vector<std::pair<std::int64_t, std::int32_t>> order;
+  // Those with the dearest level first: what is left to decide gets ever finer.
+  std::vector<std::int32_t> largest_first() const {
+    std::vector<std::int32_t> order(break_.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+      return cost(break_level(a)) > cost(break_level(b));
+    });
+    return order;
+  }
+
+  // Whether another level might help.
+  bool in_doubt(std::int32_t layer) const {
     const double room = target() - bound_;
-    for (std::int32_t l = 0; l < levels_.layers(); ++l) {
-      std::int64_t largest = 0;
-      for (std::int32_t k = first(l); k < end(l); ++k) {
-        if (k == break_level(l) || reduced(l, k) >= room) continue;
-        largest = std::max(largest, std::abs(cost(k) - cost(break_level(l))));
-      }
-      if (largest > 0) order.emplace_back(-largest, l);
+    for (std::int32_t k = first(layer); k < end(layer); ++k) {
+      if (k != break_level(layer) && reduced(layer, k) < room) return true;
     }
-    std::sort(order.begin(), order.end());
-    std::vector<std::int32_t> layers;
-    for (const auto& entry : order) layers.push_back(entry.second);
-    return layers;
+    return false;
   }
 
   void add_layers() {
     if (bound_ >= target()) return;
-    const std::vector<std::int32_t> order = layers_in_doubt();
     std::vector<PartialPlan> plans{{0, 0.0, {-1, -1}}};
-    RemainingLayers rest(edges_, split_, target() - bound_);
-    for (const std::int32_t layer : order) {
+    RemainingLayers rest(edges_, split_, levels_.layers());
+    for (const std::int32_t layer : largest_first()) {
+      if (!in_doubt(layer)) continue;
       if (bound_ >= target() || plans.empty()) return;
       rest.remove(layer, target() - bound_);
       add_layer(layer, rest, &plans);

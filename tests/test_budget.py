@@ -34,13 +34,13 @@ from fitcompress.search import BudgetError
 def test_sizes_of_a_model_of_a_million_bytes(size, wanted) -> None:
     budget = fc.Budget(size=size)
     assert budget.size_bytes(10**6) == wanted
-    assert budget.kind == "size"
+    assert budget.costs == ("size",)
 
 
 def test_bit_operations() -> None:
     assert fc.Budget(bops="2%").bops_limit(10**9) == 2 * 10**7
     assert fc.Budget(bops=5e8).bops_limit(10**9) == 5 * 10**8
-    assert fc.Budget(bops=1).kind == "bops"
+    assert fc.Budget(bops=1).costs == ("bops",)
 
 
 NO_BUDGET = [
@@ -71,19 +71,40 @@ def test_what_is_no_budget_of_bit_operations(bops) -> None:
         fc.Budget(bops=bops)
 
 
-def test_a_budget_bounds_exactly_one_cost() -> None:
-    for costs in ({}, {"size": "5%", "bops": "5%"}):
-        with pytest.raises(BudgetError, match=r"got size=.*wanted either.*To fix it"):
-            fc.Budget(**costs)
+def test_a_budget_bounds_at_least_one_cost() -> None:
+    with pytest.raises(BudgetError, match=r"got none.*wanted size.*To fix it"):
+        fc.Budget()
+    both = fc.Budget(size="5%", bops="5%", latency_ms=2)
+    assert both.costs == ("size", "bops", "latency")
+    assert both.size_bytes(1000) == 50
+    assert both.bops_limit(1000) == 50
+    assert both.latency_ns() == 2_000_000
     with pytest.raises(BudgetError, match="does not bound the size"):
         fc.Budget(bops=1).size_bytes(10)
     with pytest.raises(BudgetError, match="does not bound the bit operations"):
         fc.Budget(size=1).bops_limit(10)
+    with pytest.raises(BudgetError, match="does not bound the latency"):
+        fc.Budget(size=1).latency_ns()
+
+
+@pytest.mark.parametrize("latency", [0, -1, math.inf, math.nan, "4ms"])
+def test_what_is_no_latency(latency) -> None:
+    with pytest.raises(BudgetError, match=r"got .*wanted a positive number of milli"):
+        fc.Budget(latency_ms=latency)
+
+
+def test_a_layer_is_in_one_group() -> None:
+    for groups in ((("a", "b"), ("b", "c")), (("a", "a"),), ("ab",)):
+        with pytest.raises(BudgetError, match="in one group only"):
+            fc.Budget(size=1, groups=groups)
+    assert fc.Budget(size=1, groups=[["a", "b"]]).groups == (("a", "b"),)
 
 
 def test_budgets_describe_themselves() -> None:
     assert str(fc.Budget(size="5%")) == "size ≤ 5%"
     assert str(fc.Budget(bops=7)) == "bops ≤ 7"
+    both = fc.Budget(size="5%", latency_ms=4)
+    assert str(both) == "size ≤ 5% and latency ≤ 4 ms"
 
 
 @given(st.integers(1, 2**38), st.sampled_from(["", "B", "KB", "MiB"]))

@@ -13,6 +13,7 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress.cli import main
+from fitcompress.cli.plans import MethodName
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.data import load_dataset
 from fitcompress.storage.save_load import read
@@ -186,9 +187,9 @@ def test_options_of_compensation(
 
 
 def test_every_method_and_grid_family(run, tiny_files) -> None:
-    for method in ("lagrangian", "path", "greedy-path"):
+    for method in MethodName:
         for bound in (("--size", "900"), ("--bops", "20%")):
-            done(run("search", "s", *bound, "--method", method, "--json", "j"))
+            done(run("search", "s", *bound, "--method", method.value, "--json", "j"))
             found = json.loads(Path("j").read_text())
             assert found["size_bytes"] <= 900 or bound[0] == "--bops"
     done(run("search", "s", "--size", 900, "--grids", "bits"))
@@ -219,7 +220,10 @@ W = ("--model", "tiny_digits:build", "--weights")
 ERRORS = {
     "no such sensitivity": (("search", "nothing", "--size", "5%"), "nothing"),
     "no budget": (("search", "s"), "BudgetError"),
-    "two budgets": (("search", "s", "--size", "9%", "--bops", "9%"), "BudgetError"),
+    "bits for steps": (
+        ("search", "s", "--size", "90%", "--bops", "90%", "--grids", "step"),
+        "OptionError",
+    ),
     "nonsense": (("search", "s", "--size", "five"), "got 'five'"),
     "impossible": (("search", "s", "--size", "10"), "BudgetInfeasibleError"),
     "mixed path": (

@@ -13,7 +13,8 @@ from scipy.sparse import block_diag, csr_array, vstack
 import fitcompress as fc
 from fitcompress.errors import BudgetInfeasibleError, FitcompressError, OptionError
 from fitcompress.methods import Lagrangian, PathSearch
-from fitcompress.search.hull import front, lower_hull
+from fitcompress.search.hull import front
+from fitcompress.search.hull_reference import lower_hull
 from fitcompress.search.problem import make_problem
 
 # Its objective is the distortion itself.

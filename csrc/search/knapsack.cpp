@@ -15,6 +15,8 @@ KnapsackResult knapsack(const KnapsackTables& tables, const KnapsackOptions& opt
   const ReducedKnapsack problem = reduce(tables);
   if (!problem.feasible) return {};
   watch.set_scale(problem.scale);
+  // So that the gap that is reported, with its own rounding, is no larger.
+  const double gap = options.gap * (1.0 - 1e-9);
   KnapsackResult result;
   if (problem.levels.budgets == 0) {  // every layer has its best level, the only one left
     result.status = KnapsackStatus::kSolved;
@@ -23,9 +25,9 @@ KnapsackResult knapsack(const KnapsackTables& tables, const KnapsackOptions& opt
       result.bound += problem.levels.value[static_cast<std::size_t>(l)];
     }
   } else if (problem.levels.budgets == 1) {
-    result = solve_single_budget(problem, options.gap, &watch);
+    result = solve_single_budget(problem, gap, &watch);
   } else {
-    result = branch_and_bound(problem, options.gap, &watch);
+    result = branch_and_bound(problem, gap, &watch);
   }
   result.bound /= problem.scale;
   result.timed_out = watch.timed_out();

@@ -11,7 +11,7 @@ from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
 from fitcompress.quantize import remove
 from fitcompress.report import report
-from fitcompress.search import Budget, Level, Plan, pareto, search
+from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.moments import FisherMoments
@@ -28,6 +28,7 @@ __all__ = [
     "Grid",
     "Level",
     "Plan",
+    "Rule",
     "Sensitivity",
     "__version__",
     "apply",

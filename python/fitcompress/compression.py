@@ -104,7 +104,7 @@ def compress(
     tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
-        if budget.kind == "size":
+        if budget.size is not None:
             # What counts is the user's bound, not the tightened one.
             plan = replace(plan, limit_bytes=budget.size_bytes(table.dense_bytes))
         try:
@@ -123,8 +123,8 @@ def compress(
             allowed = budget.size_bytes(table.dense_bytes)
             # Less than the search believed, or it would find the same plan again.
             believed = min(plan.size_bytes, tightened.size_bytes(table.dense_bytes))
-            tightened = Budget(
-                size=int(believed * min(0.995, allowed / error.size_bytes))
+            tightened = replace(
+                budget, size=int(believed * min(0.995, allowed / error.size_bytes))
             )
         else:
             files.forget()

@@ -24,7 +24,7 @@ from fitcompress.cli.app import (
 )
 from fitcompress.cli.models import check_data, trained_model
 from fitcompress.data import load_dataset
-from fitcompress.methods import Lagrangian, PathSearch
+from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
 from fitcompress.search import Budget
 from fitcompress.search import pareto as make_front
 from fitcompress.search import search as find_plan
@@ -47,9 +47,22 @@ SensitivityArgument = Annotated[Path, typer.Argument(help="What `measure` wrote.
 class MethodName(str, Enum):
     """Search methods by name."""
 
+    optimal = "optimal"
     lagrangian = "lagrangian"
     path = "path"
     greedy_path = "greedy-path"
+    greedy = "greedy"
+    uniform = "uniform"
+
+
+METHODS: dict[MethodName, Method] = {
+    MethodName.optimal: Optimal(),
+    MethodName.lagrangian: Lagrangian(),
+    MethodName.path: PathSearch(mode="beam"),
+    MethodName.greedy_path: PathSearch(mode="greedy"),
+    MethodName.greedy: Greedy(),
+    MethodName.uniform: Uniform(),
+}
 
 
 class FamilyName(str, Enum):
@@ -73,9 +86,7 @@ FamilyOption = Annotated[
 
 def make_method(name: MethodName) -> Method:
     """Return the method object of a name."""
-    if name is MethodName.lagrangian:
-        return Lagrangian()
-    return PathSearch(mode="beam" if name is MethodName.path else "greedy")
+    return METHODS[name]
 
 
 def _family(name: FamilyName | None) -> Family | None:
@@ -172,7 +183,7 @@ def search(
     out: OutOption = Path("plan.json"),
     method: Annotated[
         MethodName, typer.Option(help="How to search.")
-    ] = MethodName.lagrangian,
+    ] = MethodName.optimal,
     grids: FamilyOption = None,
     json: JsonOption = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from fitcompress.search.budget import Budget, BudgetError
 from fitcompress.search.plan import Level, Plan
+from fitcompress.search.rules import Rule
 from fitcompress.search.selection import pareto, search
 
-__all__ = ["Budget", "BudgetError", "Level", "Plan", "pareto", "search"]
+__all__ = ["Budget", "BudgetError", "Level", "Plan", "Rule", "pareto", "search"]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
 
 from fitcompress.errors import FitcompressError
 
-__all__ = ["Budget", "BudgetError"]
+if TYPE_CHECKING:
+    from fitcompress.search.rules import Rule
+
+__all__ = ["Budget", "BudgetError", "Cost"]
+
+Cost = Literal["size", "bops", "latency"]
 
 _UNITS = {
     "B": 1,
@@ -28,7 +35,7 @@ class BudgetError(FitcompressError, ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on exactly one cost of the compressed network.
+    """Upper bounds on costs of the compressed network, one to three at once.
 
     Attributes:
         size: Bytes of the packed file, everything counted: a number of bytes,
@@ -36,60 +43,106 @@ class Budget:
             ``"2.1bpw"``, bits of file per weight.
         bops: Bit operations, MACs · weight bits · activation bits: a number or ``"2%"``
             of those in float32.
+        latency_ms: Milliseconds, by the table that the search is given.
+        rules: What single layers may be given.
+        groups: Names of layers that must share grid and sparsity, a tuple a group.
 
     Example:
         >>> Budget(size="5%").size_bytes(dense_bytes=1_000_000)
         50000
+        >>> str(Budget(size="5%", bops="2%"))
+        'size ≤ 5% and bops ≤ 2%'
     """
 
     size: int | float | str | None = None
     bops: int | float | str | None = None
+    latency_ms: float | None = None
+    rules: tuple[Rule, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.size is None) == (self.bops is None):
+        if not self.costs:
             raise BudgetError(
-                "a budget bounds one cost",
-                got=f"size={self.size!r}, bops={self.bops!r}",
-                wanted="either size or bops",
+                "a budget bounds a cost",
+                got="none",
+                wanted="size, bops or latency_ms, or several of them",
                 fix='write Budget(size="5%") or Budget(bops="10%")',
             )
-        self._resolve(10**6, 10**6)
+        for name, value in (("size", self.size), ("bops", self.bops)):
+            if value is not None:
+                _bound(name, value, 10**6, 10**6)
+        if self.latency_ms is not None:
+            self.latency_ns()
+        strings = any(isinstance(group, str) for group in self.groups)
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "groups", tuple(tuple(g) for g in self.groups))
+        named = [name for group in self.groups for name in group]
+        if len(set(named)) < len(named) or strings:
+            raise BudgetError(
+                "a layer can be in one group only",
+                got=self.groups,
+                wanted="tuples of names, each name once",
+            )
 
     @property
-    def kind(self) -> str:
-        """``"size"`` or ``"bops"``."""
-        return "bops" if self.size is None else "size"
+    def costs(self) -> tuple[Cost, ...]:
+        """The bounded costs, of ``"size"``, ``"bops"`` and ``"latency"``."""
+        bounds: tuple[tuple[Cost, object], ...] = (
+            ("size", self.size),
+            ("bops", self.bops),
+            ("latency", self.latency_ms),
+        )
+        return tuple(cost for cost, bound in bounds if bound is not None)
 
     def size_bytes(self, dense_bytes: int) -> int:
         """Return the bound in bytes for a model of ``dense_bytes`` float32 bytes."""
         if self.size is None:
             raise BudgetError("this budget does not bound the size", got=self)
-        return self._resolve(dense_bytes, dense_bytes // 4)
+        return _bound("size", self.size, dense_bytes, dense_bytes // 4)
 
     def bops_limit(self, dense_bops: int) -> int:
         """Return the bound in bit operations for a model of ``dense_bops``."""
         if self.bops is None:
             raise BudgetError("this budget does not bound the bit operations", got=self)
-        return self._resolve(dense_bops, 0)
+        return _bound("bops", self.bops, dense_bops, 0)
 
-    def _resolve(self, reference: int, weights: int) -> int:
-        value = self.size if self.size is not None else self.bops
-        number, unit = _parse(value)
-        if unit == "%":
-            return min(int(reference * number / 100), LARGEST)
-        if self.bops is not None:
-            if unit:
-                raise _bad(value)
-            return min(int(number), LARGEST)
-        if unit == "BPW":
-            return min(int(weights * number / 8), LARGEST)
-        return min(int(number * _UNITS[unit or "B"]), LARGEST)
+    def latency_ns(self) -> int:
+        """Return the bound in whole nanoseconds."""
+        if self.latency_ms is None:
+            raise BudgetError("this budget does not bound the latency", got=self)
+        milliseconds = self.latency_ms
+        if (
+            not isinstance(milliseconds, int | float)
+            or not math.isfinite(milliseconds)
+            or milliseconds <= 0
+        ):
+            raise BudgetError(
+                "this bound on the latency cannot be understood",
+                got=repr(milliseconds),
+                wanted="a positive number of milliseconds",
+            )
+        return min(int(Fraction(milliseconds) * 10**6), LARGEST)
 
     def __str__(self) -> str:
-        return f"{self.kind} ≤ {self.size if self.size is not None else self.bops}"
+        bounds = {"size": self.size, "bops": self.bops, "latency": self.latency_ms}
+        parts = [f"{cost} ≤ {bounds[cost]}" for cost in self.costs]
+        return " and ".join(parts) + (" ms" if self.latency_ms is not None else "")
 
 
-def _parse(value: int | float | str | None) -> tuple[Fraction, str]:
+def _bound(name: str, value: float | str, reference: int, weights: int) -> int:
+    number, unit = _parse(value)
+    if unit == "%":
+        return min(int(reference * number / 100), LARGEST)
+    if name == "bops":
+        if unit:
+            raise _bad(value)
+        return min(int(number), LARGEST)
+    if unit == "BPW":
+        return min(int(weights * number / 8), LARGEST)
+    return min(int(number * _UNITS[unit or "B"]), LARGEST)
+
+
+def _parse(value: float | str) -> tuple[Fraction, str]:
     text = str(value).strip().upper().replace("_", "")
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:E[+-]?[0-9]+)?)\s*([A-Z%]*)", text)
     if match is None:

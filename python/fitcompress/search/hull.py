@@ -10,39 +10,16 @@ lower bound.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fitcompress import _core
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Front", "front", "lower_hull"]
-
-
-def lower_hull(
-    cost: NDArray[np.int64], value: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Return indices of the corners of the lower convex hull, by rising cost.
-
-    From the cheapest point (the best of those) to the best value, slopes strictly
-    rising.
-    """
-    order = np.lexsort((np.arange(len(cost)), value, cost))
-    corners: list[int] = []
-    for i in order:
-        if corners and (cost[i] == cost[corners[-1]] or value[i] >= value[corners[-1]]):
-            continue
-        while len(corners) >= 2:
-            a, b = corners[-2], corners[-1]
-            left = (value[b] - value[a]) * float(cost[i] - cost[a])
-            right = (value[i] - value[a]) * float(cost[b] - cost[a])
-            if left < right:
-                break
-            corners.pop()
-        corners.append(int(i))
-    return np.array(corners, dtype=np.int64)
+__all__ = ["Front", "front"]
 
 
 @dataclass(frozen=True)
@@ -87,25 +64,33 @@ def front(cost: NDArray[np.int64], value: NDArray[np.float64]) -> Front:
         cost: [L, K], integer.
         value: [L, K], to be small.
     """
-    start, moves = [], []
-    for layer, (c, v) in enumerate(zip(cost, value, strict=True)):
-        corners = lower_hull(c, v)
-        start.append(corners[0])
-        for a, b in pairwise(corners):
-            slope = (v[b] - v[a]) / float(c[b] - c[a])
-            moves.append((slope, layer, int(b), int(c[b] - c[a]), v[b] - v[a]))
-    moves.sort(key=lambda m: m[:3])
-    first = np.array(start, dtype=np.int64)
+    start, layer, index = _core.convex_front(
+        np.ascontiguousarray(cost), np.ascontiguousarray(value)
+    )
     rows = np.arange(len(cost))
-    costs = np.cumsum([int(cost[rows, first].sum()), *(m[3] for m in moves)])
+    before = _level_before(start, layer, index)
+    rises = cost[layer, index] - cost[layer, before]
     # The values fall by orders of magnitude: sums in float64 would leave the last ones,
     # and the lower bounds they give, with the rounding errors of the first.
-    falls = np.array([m[4] for m in moves], dtype=np.longdouble)
-    values = np.cumsum([value[rows, first].sum(dtype=np.longdouble), *falls])
+    falls = (value[layer, index] - value[layer, before]).astype(np.longdouble)
+    first = value[rows, start].sum(dtype=np.longdouble)
     return Front(
-        start=first,
-        layer=np.array([m[1] for m in moves], dtype=np.int64),
-        index=np.array([m[2] for m in moves], dtype=np.int64),
-        cost=costs.astype(np.int64),
-        value=values.astype(np.float64),
+        start=start,
+        layer=layer,
+        index=index,
+        cost=np.cumsum([int(cost[rows, start].sum()), *rises]).astype(np.int64),
+        value=np.cumsum([first, *falls]).astype(np.float64),
     )
+
+
+def _level_before(
+    start: NDArray[np.int64], layer: NDArray[np.int64], index: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the cell that every step of a front leaves."""
+    order = np.argsort(layer, kind="stable")
+    before = np.empty_like(index)
+    before[order[1:]] = index[order[:-1]]
+    first = np.ones(len(layer), dtype=np.bool_)
+    first[1:] = layer[order[1:]] != layer[order[:-1]]
+    before[order[first]] = start[layer[order[first]]]
+    return before

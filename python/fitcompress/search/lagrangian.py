@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fitcompress.errors import OptionError
 from fitcompress.search.hull import front
+from fitcompress.search.objective import Objective
 from fitcompress.search.problem import Choice, Problem
 
 if TYPE_CHECKING:
@@ -18,71 +18,18 @@ __all__ = ["Lagrangian"]
 
 
 @dataclass(frozen=True)
-class Lagrangian:
-    """Minimise the loss rise layer by layer at one exchange rate, then fill up.
+class Lagrangian(Objective):
+    """Minimise the objective layer by layer at one exchange rate, then fill up.
 
     minimise Σ_l w_l D_l(k_l) + μ Σ_l c_l(k_l), with μ as small as the budget allows.
     What is left is spent on single layers, best gain per cost first. The relaxation's
-    optimum is a lower bound, so the answer carries a proven gap.
-
-    Attributes:
-        errors: Which errors D stands for. ``"rounded"``: those of weights rounded to
-            the nearest level, the measured distortion. ``"compensated"``: those that
-            remain once errors are compensated. They behave as at high resolution,
-            uniform over a step whatever the weights are, so D_l = ½ F̄ n_l Δ²/12 (steps
-            only). None: compensated for steps, rounded otherwise. On ResNet-20 at 3.5 %
-            of the bytes, measured on calibration inputs, this plan had a KL divergence
-            a quarter below that of one step for all layers, and half of that of the
-            rounded objective.
-        fisher_power: α in w_l = (F̄_l / F̄)^α for compensated and (F̄_l / F̄)^(α−1) for
-            rounded errors, F̄_l the mean Fisher value of layer l, F̄ that of the network.
-            1 weights the layers by their Fisher information, 0 all alike. None: 0 with
-            steps, where weighting by it was measured to cost bytes, 1 otherwise.
+    optimum is a lower bound, so the answer carries a proven gap. One budget, without
+    rules; :class:`Optimal` does more and is never worse.
     """
-
-    errors: Literal["compensated", "rounded"] | None = None
-    fisher_power: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.errors not in (None, "compensated", "rounded"):
-            msg = f"errors must be 'compensated' or 'rounded'; got {self.errors!r}"
-            raise ValueError(msg)
-        if self.fisher_power is not None and not 0 <= self.fisher_power <= 1:
-            msg = f"fisher_power must be between 0 and 1; got {self.fisher_power}"
-            raise ValueError(msg)
-
-    def values(self, problem: Problem) -> NDArray[np.float64]:
-        """Return the objective of every cell, w_l D_l, [L, G', S]."""
-        table = problem.sensitivity
-        grids = [table.grids[g] for g in problem.grids]
-        steps = np.array([grid.step or 0.0 for grid in grids])
-        only_steps = bool((steps > 0).all())
-        errors = self.errors or ("compensated" if only_steps else "rounded")
-        power = self.fisher_power
-        power = (0.0 if only_steps else 1.0) if power is None else power
-        overall = float(table.fisher_trace.sum() / table.sizes.sum())
-        floor = max(overall, float(np.finfo(float).tiny)) * 1e-9
-        relative = np.maximum(table.fisher_trace / table.sizes, floor) / max(
-            overall, floor
-        )
-        if errors == "rounded":
-            return np.asarray(
-                problem.distortion * (relative ** (power - 1))[:, None, None]
-            )
-        if not only_steps:
-            raise OptionError(
-                "compensated errors are known for steps only",
-                got="fixed-point grids",
-                wanted="family='step'",
-                fix="use errors='rounded'",
-            )
-        weight = table.sizes * relative**power * max(overall, floor) / 24
-        values = weight[:, None] * np.square(steps)[None, :]
-        cells = np.broadcast_to(values[:, :, None], problem.cost.shape)
-        return np.array(cells, dtype=np.float64)
 
     def solve(self, problem: Problem) -> Choice:
         """Return the chosen cell of every layer."""
+        problem.check_plain("Lagrangian()")
         layers, _, sparsities = problem.cost.shape
         cost = problem.cost.reshape(layers, -1)
         value = self.values(problem).reshape(layers, -1)

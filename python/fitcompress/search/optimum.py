@@ -79,7 +79,7 @@ def solve(
         ValueError: Shapes or numbers do not fit.
 
     Example:
-        >>> solve([[[1, 2, 4], [1, 2, 4]]], [[5, 3, 0], [4, 1, 0]], [5]).choice.tolist()
+        >>> solve([[[1, 2, 4], [1, 2, 4]]], [[5, 3, 0], [4, 2, 0]], [5]).choice.tolist()
         [2, 0]
     """
     costs, bounds = _integers(cost, "cost"), _integers(limits, "limits")

@@ -51,6 +51,7 @@ class PathSearch:
             OptionError: The problem mixes steps and bits.
             SearchLimitError: ``max_expansions`` did not suffice.
         """
+        problem.check_plain("PathSearch()")
         table, grids = problem.sensitivity, problem.grids
         families = {table.grids[g].family for g in grids}
         if len(families) > 1:

@@ -54,6 +54,12 @@ class Level:
             raise ValueError(msg)
         _check_numbers(self, "distortion", "size_bits", "bops")
 
+    def __str__(self) -> str:
+        masked = f", {100 * self.sparsity:.4g} % masked" if self.sparsity else ""
+        bits = self.activation_bits
+        inputs = "" if bits is None else f", input {bits} bits"
+        return f"{self.grid}{masked}{inputs}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -129,6 +135,26 @@ class Plan:
             f"{self.method}: {self.status}{gap}, predicted loss rise "
             f"{self.distortion:.4g} nats, {self.size_bytes} bytes, {self.bops:.3g} BOPs"
         )
+
+    def diff(self, other: Plan) -> str:
+        """Return what another plan does differently, a line a layer that changes.
+
+        Raises:
+            PlanMismatchError: The plans are for different layers.
+        """
+        other.check({name: level.shape for name, level in self.levels.items()})
+        lines = [
+            f"{self.method} ⇒ {other.method}: {self.size_bytes} ⇒ {other.size_bytes} "
+            f"bytes, {self.bops:.3g} ⇒ {other.bops:.3g} BOPs, predicted loss rise "
+            f"{self.distortion:.4g} ⇒ {other.distortion:.4g} nats"
+        ]
+        for name, level in self.levels.items():
+            before, after = str(level), str(other.levels[name])
+            if before != after:
+                lines.append(f"{name}: {before} ⇒ {after}")
+        if len(lines) == 1:
+            lines.append("the same level for every layer")
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """Return the plan as JSON text, the content of a plan file."""

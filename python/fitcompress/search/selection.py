@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from fitcompress.errors import OptionError
 from fitcompress.search.budget import Budget
 from fitcompress.search.hull import front
-from fitcompress.search.lagrangian import Lagrangian
+from fitcompress.search.objective import Objective
+from fitcompress.search.optimal import Optimal
 from fitcompress.search.problem import Choice, Family, Problem, make_problem
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from fitcompress.search.plan import Plan
     from fitcompress.sensitivity.table import Sensitivity
 
@@ -36,25 +39,28 @@ def search(
     family: Family | None = None,
     masks: bool | None = None,
     activations: bool | None = None,
+    latency: ArrayLike | None = None,
 ) -> Plan:
-    """Return the plan that the method thinks hurts least under ``budget``.
+    """Return the plan that hurts least under ``budget``, as far as the method knows.
 
     For entropy-coded steps these are by default the errors that compensation leaves,
     alike in all layers; the loss rise that the plan predicts is that of rounded weights
-    all the same. See :class:`fitcompress.methods.Lagrangian`.
+    all the same. See :class:`fitcompress.methods.Optimal`.
 
     Args:
         sensitivity: What :func:`fitcompress.measure` returned.
-        budget: The bound.
-        method: ``Lagrangian()`` (default) or ``PathSearch()``.
-        family: Grids that may be used: ``"step"`` (default for a size: smallest file),
-            ``"bits"`` (default for BOPs: what runtimes execute) or ``"any"``.
+        budget: The bounds, with rules for single layers.
+        method: One of :mod:`fitcompress.methods`; ``Optimal()`` by default.
+        family: Grids that may be used: ``"step"`` (default for a size alone: smallest
+            file), ``"bits"`` (default otherwise: what runtimes execute) or ``"any"``.
         masks: Whether masks may drop weights besides those that round to zero. None:
             not with steps alone, where that was measured to cost accuracy at equal
             size.
         activations: Whether the inputs of layers may be quantized, too. None: for a
             bound on bit operations, if the sensitivity was measured with activation
             bits. They save no bytes.
+        latency: For a bound on the latency: milliseconds of every layer at every grid
+            and sparsity of the sensitivity, [L, G] or [L, G, S].
 
     Returns:
         A plan whose predicted cost is within the budget, with status and gap.
@@ -65,22 +71,22 @@ def search(
             bound on bit operations.
         SearchLimitError: The method gave up before it met the budget.
     """
-    if budget.kind == "bops" and family in ("step", "any"):
+    if "bops" in budget.costs and family in ("step", "any"):
         raise OptionError(
             "entropy-coded steps have no fixed number of bits to bound",
             got=f"a budget on bit operations with family={family!r}",
             wanted="family='bits'",
         )
-    problem = make_problem(sensitivity, budget, family, masks, activations)
-    return problem.plan((method or Lagrangian()).solve(problem))
+    problem = make_problem(sensitivity, budget, family, masks, activations, latency)
+    return problem.plan((method or Optimal()).solve(problem))
 
 
 def pareto(
     sensitivity: Sensitivity,
     *,
-    kind: str = "size",
+    kind: Literal["size", "bops"] = "size",
     family: Family | None = None,
-    method: Lagrangian | None = None,
+    method: Objective | None = None,
     points: int = 100,
 ) -> list[Plan]:
     """Return plans along the whole convex front, from the cheapest to the best.
@@ -94,10 +100,11 @@ def pareto(
         method: Whose weighting of the layers to use.
         points: At most so many plans, evenly spaced along the front.
     """
-    budget = Budget(**{kind: 2**60})  # no bound
+    no_bound = 2**60
+    budget = Budget(size=no_bound) if kind == "size" else Budget(bops=no_bound)
     problem = make_problem(sensitivity, budget, family)
     layers, _, sparsities = problem.cost.shape
-    value = (method or Lagrangian()).values(problem).reshape(layers, -1)
+    value = (method or Objective()).values(problem).reshape(layers, -1)
     steps = front(problem.cost.reshape(layers, -1), value)
     chosen = np.unique(np.linspace(0, len(steps.layer), points).round().astype(int))
     plans = []

@@ -11,11 +11,19 @@ find_package(pybind11 2.13 CONFIG REQUIRED)
 
 pybind11_add_module(_core MODULE
   csrc/search/bindings.cpp
+  csrc/search/path_beam.cpp
+  csrc/search/path_best_first.cpp
+  csrc/search/path_bindings.cpp
+  csrc/search/path_cells.cpp
+  csrc/search/path_greedy.cpp
+  csrc/search/path_metric.cpp
+  csrc/search/path_moves.cpp
   csrc/search/path_search.cpp
   csrc/search/path_tables.cpp
   csrc/storage/weight_codec.cpp)
 # The same path on every machine: no fused multiply-add where the source has two roundings.
 set_source_files_properties(
+  csrc/search/path_cells.cpp csrc/search/path_metric.cpp csrc/search/path_moves.cpp
   csrc/search/path_search.cpp csrc/search/path_tables.cpp
   PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_link_libraries(_core PRIVATE fitcompress_options)

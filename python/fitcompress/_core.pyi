@@ -1,9 +1,17 @@
 """Types of the native module ``_core``: entropy coder and path search."""
 
-from typing import Literal, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+class PathTrace(TypedDict):
+    grids: NDArray[np.int64]
+    sparsity: NDArray[np.int64]
+    g: NDArray[np.float64]
+    f: NDArray[np.float64]
+    cost: NDArray[np.int64]
 
 class PathResult(TypedDict):
     grids: NDArray[np.int64]
@@ -12,8 +20,9 @@ class PathResult(TypedDict):
     distortion: float
     cost: int
     expansions: int
-    status: Literal["reached", "exhausted", "limit"]
+    status: Literal["reached", "exhausted", "limit", "interrupted"]
     moves: list[tuple[int, int]]
+    trace: NotRequired[PathTrace]
 
 def encode(codes: NDArray[np.int32], /) -> bytes: ...
 def decode(data: bytes, rows: int, cols: int) -> NDArray[np.int32]: ...
@@ -30,4 +39,9 @@ def path_search(
     mode: Literal["greedy", "beam", "best_first"],
     beam_width: int,
     max_expansions: int,
+    max_seconds: float = ...,
+    progress: Callable[[int, int], object] | None = None,
+    metric: Callable[[NDArray[np.int64], int], tuple[Any, ...]] | None = None,
+    exact: bool = False,
+    trace: bool = False,
 ) -> PathResult: ...

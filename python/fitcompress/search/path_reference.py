@@ -7,7 +7,7 @@ agree to the last bit.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from fitcompress._core import PathResult
 
 SPARSITY = -1
-SHORTER = 1 - 1e-12  # other orders of the same steps differ by rounding: not shorter
-MOST_OPEN = 1 << 23
 
 Move = tuple[int, int]
 
@@ -51,7 +49,7 @@ class Node(NamedTuple):
     order: int
     g: float
     levels: Levels
-    moves: tuple[Move, ...]
+    moves: tuple[Move, ...] = ()
 
 
 @dataclass
@@ -104,7 +102,7 @@ class Tables:
         for layer, grid in enumerate(levels.grids):
             if grid + 1 < self.grids:
                 old, new = self.norm[layer, grid, s], self.norm[layer, grid + 1, s]
-                yield (layer, grid + 1), max(norm - float(old) + float(new), 0.0)
+                yield (layer, grid + 1), max(norm + (float(new) - float(old)), 0.0)
         if s + 1 < self.sparsities:
             move = (SPARSITY, s + 1)
             yield move, self.total(self.norm, levels.after(move))
@@ -180,7 +178,7 @@ def path_search(
 
     def heuristic(norm_sum: float, cost_sum: int) -> float:
         away = abs(float(cost_sum - budget))
-        return lam * (away / float(reference_cost) * math.sqrt(norm_sum))
+        return lam / float(reference_cost) * (away * math.sqrt(norm_sum))
 
     cheapest = tables.cheapest()
     if tables.total_cost(cheapest) > budget:
@@ -191,42 +189,43 @@ def path_search(
         return answer(straight, "exhausted")
 
     first = heuristic(tables.total(norm, start), tables.total_cost(start))
-    opened = [Node(first, tables.total_cost(start), 0, start_length, start, ())]
-    shortest = {start: start_length}
-    closed: set[Levels] = set()
-    lowest: Node | None = None
-    generated = 0
-    while opened:
-        node = heapq.heappop(opened)
-        if node.levels in closed:
-            continue
-        closed.add(node.levels)
-        if node.cost <= budget:
-            return answer(fill(tables, list(node.moves), budget), "reached")
-        if lowest is None or node.cost < lowest.cost:
-            lowest = node
-        if expansions == max_expansions or len(opened) > MOST_OPEN:
-            return answer(list(lowest.moves), "limit")
+    node = Node(start_length + first, tables.total_cost(start), 0, start_length, start)
+    opened: list[Node] = []  # sorted; no two have the same levels
+    taken = {start}
+    lowest = node
+    goal: Node | None = None
+    generated, status = 0, "limit"
+    while node.cost > budget:
+        lowest = min(lowest, node, key=lambda each: each.cost)
+        if expansions == max_expansions:
+            break
         expansions += 1
         if mode == "greedy":
-            opened = []
+            opened.clear()
         for move, norm_sum in tables.children(node.levels):
             generated += 1
-            child = node.levels.after(move)
+            levels = node.levels.after(move)
             g = node.g + tables.step(node.levels, move[0])
-            if child in closed or g >= shortest.get(child, math.inf) * SHORTER:
-                continue
-            shortest[child] = g
-            total = tables.total_cost(child)
+            total = tables.total_cost(levels)
             f = g + heuristic(norm_sum, total)
-            heapq.heappush(
-                opened, Node(f, total, generated, g, child, (*node.moves, move))
-            )
-        if mode == "beam":
-            opened.sort()
-            for dropped in opened[beam_width:]:
-                if shortest.get(dropped.levels) == dropped.g:
-                    del shortest[dropped.levels]
-            opened = opened[:beam_width]
-    assert lowest is not None
-    return answer(list(lowest.moves), "exhausted")
+            child = Node(f, total, generated, g, levels, (*node.moves, move))
+            if total <= budget:
+                goal = min(goal or child, child)
+            same = [other for other in opened if other.levels == levels]
+            if levels in taken or (same and same[0] < child):
+                continue
+            if same:
+                opened.remove(same[0])
+            bisect.insort(opened, child)
+            if mode == "beam":
+                del opened[beam_width:]
+        if not opened:
+            status = "exhausted" if goal is None else "reached"
+            break
+        node = opened.pop(0)
+        taken.add(node.levels)
+    else:
+        goal, status = node, "reached"
+    if goal is None:
+        return answer(list(lowest.moves), status)
+    return answer(fill(tables, list(goal.moves), budget), status)

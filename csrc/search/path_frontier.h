@@ -42,7 +42,8 @@ class Frontier {
 std::unique_ptr<Frontier> greedy_frontier();
 // The best `width` open nodes stay open, one for the same levels; others are forgotten.
 std::unique_ptr<Frontier> beam_frontier(const NodeStore& nodes, std::int64_t width);
-// All stay open.
-std::unique_ptr<Frontier> full_frontier(const NodeStore& nodes, const PathCells& cells);
+// All stay open. `commutes`: steps of two layers add up to the same length in either order.
+std::unique_ptr<Frontier> full_frontier(const NodeStore& nodes, const PathCells& cells,
+                                        bool commutes);
 
 }  // namespace fitcompress

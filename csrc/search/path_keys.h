@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "search/path_huge_pages.h"
 #include "search/path_nodes.h"
 
 namespace fitcompress {
@@ -18,9 +19,8 @@ class KeyTable {
 
   std::size_t bytes() const { return slots_.size() * sizeof(Slot); }
 
-  double find(Key key) const {
-    const Slot& slot = slots_[place(key)];
-    return slot.used() ? slot.value : kNone;
+  void prefetch(Key key) const {
+    __builtin_prefetch(&slots_[static_cast<std::size_t>(key) & (slots_.size() - 1)]);
   }
 
   // Valid until the next call.
@@ -41,6 +41,8 @@ class KeyTable {
     bool used() const { return value == value; }
   };
 
+  using Slots = std::vector<Slot, HugePages<Slot>>;
+
   // Where the key is, or would be.
   std::size_t place(Key key) const {
     const std::size_t last = slots_.size() - 1;
@@ -53,7 +55,7 @@ class KeyTable {
   void rebuild() {
     std::size_t kept = 0;
     for (const Slot& slot : slots_) kept += slot.used() && slot.value < kNone;
-    std::vector<Slot> old(4 * kept > slots_.size() ? 2 * slots_.size() : slots_.size());
+    Slots old(4 * kept > slots_.size() ? 2 * slots_.size() : slots_.size());
     old.swap(slots_);
     used_ = kept;
     for (const Slot& slot : old) {
@@ -61,7 +63,7 @@ class KeyTable {
     }
   }
 
-  std::vector<Slot> slots_;  // a power of two of them
+  Slots slots_;  // a power of two of them
   std::size_t used_ = 0;
 };
 

@@ -40,7 +40,7 @@ class Search {
         frontier_ = beam_frontier(nodes_, options.beam_width);
         break;
       case PathMode::kBestFirst:
-        frontier_ = full_frontier(nodes_, cells_);
+        frontier_ = full_frontier(nodes_, cells_, !metric_.moves());
         break;
     }
   }

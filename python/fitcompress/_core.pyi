@@ -1,10 +1,11 @@
 """Types of the native module ``_core``: entropy coder and path search."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import NotRequired
 
 class PathTrace(TypedDict):
     grids: NDArray[np.int64]

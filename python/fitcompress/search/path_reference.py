@@ -42,7 +42,10 @@ class Levels(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Generated, not expanded; compares by f, then cost, then order of generation."""
+    """Generated, not expanded; compares by f, then cost, then order of generation.
+
+    ``siblings`` are the children of its parent, by layer, once these are known.
+    """
 
     f: float
     cost: int
@@ -50,6 +53,7 @@ class Node(NamedTuple):
     g: float
     levels: Levels
     moves: tuple[Move, ...] = ()
+    siblings: dict[int, Node] = {}
 
 
 @dataclass
@@ -141,6 +145,20 @@ def fill(tables: Tables, moves: list[Move], budget: int) -> list[Move]:
         del moves[last]
 
 
+def left_to_sibling(node: Node, layer: int, taken: dict[Levels, float]) -> bool:
+    """Whether a better sibling has led to what lowering the grid of a layer leads to.
+
+    Lowering two layers has the same length in either order. The sibling that lowers
+    this layer was better than the node, so it was expanded before, by this way or by
+    one that is no longer.
+    """
+    own = node.moves[-1][0] if node.moves else SPARSITY
+    if SPARSITY in (own, layer) or own == layer or layer not in node.siblings:
+        return False
+    sibling = node.siblings[layer]
+    return sibling < node and taken[sibling.levels] <= sibling.f
+
+
 def path_search(
     grid_length: NDArray[np.float64],
     prune_length: NDArray[np.float64],
@@ -191,7 +209,7 @@ def path_search(
     first = heuristic(tables.total(norm, start), tables.total_cost(start))
     node = Node(start_length + first, tables.total_cost(start), 0, start_length, start)
     opened: list[Node] = []  # sorted; no two have the same levels
-    taken = {start}
+    taken = {start: node.f}
     lowest = node
     goal: Node | None = None
     generated, status = 0, "limit"
@@ -202,15 +220,20 @@ def path_search(
         expansions += 1
         if mode == "greedy":
             opened.clear()
+        children: dict[int, Node] = {}
         for move, norm_sum in tables.children(node.levels):
             generated += 1
             levels = node.levels.after(move)
             g = node.g + tables.step(node.levels, move[0])
             total = tables.total_cost(levels)
             f = g + heuristic(norm_sum, total)
-            child = Node(f, total, generated, g, levels, (*node.moves, move))
+            moves = (*node.moves, move)
+            child = Node(f, total, generated, g, levels, moves, children)
             if total <= budget:
                 goal = min(goal or child, child)
+            if mode == "best_first" and left_to_sibling(node, move[0], taken):
+                continue
+            children[move[0]] = child
             same = [other for other in opened if other.levels == levels]
             if levels in taken or (same and same[0] < child):
                 continue
@@ -223,7 +246,7 @@ def path_search(
             status = "exhausted" if goal is None else "reached"
             break
         node = opened.pop(0)
-        taken.add(node.levels)
+        taken[node.levels] = node.f
     else:
         goal, status = node, "reached"
     if goal is None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -53,7 +54,7 @@ class Node(NamedTuple):
     g: float
     levels: Levels
     moves: tuple[Move, ...] = ()
-    siblings: dict[int, Node] = {}
+    siblings: Mapping[int, Node] = MappingProxyType({})
 
 
 @dataclass

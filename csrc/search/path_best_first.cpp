@@ -139,7 +139,7 @@ class BestFirst : public Frontier {
     for (; best.open.f < kSpent; best = best_of(id)) {
       double& value = values_.at(id)[best.open.step];
       double& known = known_.at(best.key);
-      if (known > best.open.f) {
+      if (!is_taken(known) && known >= best.open.f) {  // of equal ways the older one is taken
         value = kGone;
         known = best.open.f;
         *child = best;

@@ -18,6 +18,13 @@ pybind11_add_module(_core MODULE
   csrc/search/level_lists.cpp
   csrc/search/mixture.cpp
   csrc/search/multipliers.cpp
+  csrc/search/path_beam.cpp
+  csrc/search/path_best_first.cpp
+  csrc/search/path_bindings.cpp
+  csrc/search/path_cells.cpp
+  csrc/search/path_greedy.cpp
+  csrc/search/path_metric.cpp
+  csrc/search/path_moves.cpp
   csrc/search/path_search.cpp
   csrc/search/path_tables.cpp
   csrc/search/plan_repair.cpp
@@ -25,12 +32,7 @@ pybind11_add_module(_core MODULE
   csrc/search/single_budget.cpp
   csrc/storage/weight_codec.cpp)
 # The same plan on every machine: no fused multiply-add where the source has two roundings.
-set_source_files_properties(
-  csrc/search/branch_and_bound.cpp csrc/search/convex_front.cpp csrc/search/knapsack.cpp
-  csrc/search/level_lists.cpp csrc/search/mixture.cpp csrc/search/multipliers.cpp
-  csrc/search/path_search.cpp csrc/search/path_tables.cpp csrc/search/plan_repair.cpp
-  csrc/search/remaining_layers.cpp
-  csrc/search/single_budget.cpp
-  PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+file(GLOB search_sources RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} csrc/search/*.cpp)
+set_source_files_properties(${search_sources} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_link_libraries(_core PRIVATE fitcompress_options)
 install(TARGETS _core LIBRARY DESTINATION fitcompress)

@@ -134,7 +134,9 @@ def test_equals_the_python_twin(
     answer = _core.path_search(**arguments)
     assert same(answer, reference.path_search(**arguments))
     check_consistent(t, answer, 0.25)
-    assert (answer["status"] == "reached") == (answer["cost"] <= arguments["budget"])
+    if answer["status"] != "limit":  # which may have found a plan, too
+        within = answer["cost"] <= arguments["budget"]
+        assert within == (answer["status"] == "reached")
 
 
 @settings(max_examples=100, deadline=None)

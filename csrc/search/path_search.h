@@ -1,16 +1,18 @@
-// FITCompress: the shortest path through compression space under a static metric.
+// FITCompress: a short path through compression space.
 //
-// A step makes one layer's grid coarser, of length sqrt(grid_length), or raises the sparsity of
-// the network, of length sqrt(Σ prune_length). Nodes are expanded in the order of f = g + λ h:
-// g is the length of the way so far, h = |cost − budget| / reference · sqrt(Σ norm) that of a
-// straight shrink for the rest. h is not admissible in general; with λ = 0 and best_first the
-// path is a shortest one. Zandonati et al. 2023, arXiv 2302.07612.
+// A step makes one layer's grid coarser, or raises the sparsity of the network. Nodes are expanded
+// in the order of f = g + λ h: g is the length of the way so far, a sum of sqrt(Σ F (θ − θ')²) over
+// its steps, h = |cost − budget| / reference · sqrt(Σ F θ²) that of a straight shrink for the rest.
+// h is not admissible in general; with λ = 0, best_first and F the same everywhere, the path is a
+// shortest one. Zandonati et al. 2023, arXiv 2302.07612.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <vector>
 
+#include "search/path_metric.h"
+#include "search/path_moves.h"
 #include "search/path_tables.h"
 #include "search/types.h"
 
@@ -23,10 +25,15 @@ enum class PathMode {
 };
 
 enum class PathStatus {
-  kReached,    // the levels are within the budget
-  kExhausted,  // nothing is left to expand; the cheapest levels that were reached
-  kLimit,      // max_expansions or memory for 2^23 open nodes were not enough; likewise
+  kReached,      // the levels are within the budget
+  kExhausted,    // nothing is left to expand: the cheapest levels that were reached
+  kLimit,        // max_expansions or a gigabyte was not enough: the best levels so far, which are
+                 // the best ones within the budget, if there are any, or else the cheapest
+  kInterrupted,  // `watch` or `measure` said so; likewise
 };
+
+// Thrown by a `Measure` to end the search as kInterrupted.
+struct PathInterrupted {};
 
 struct PathOptions {
   double start_length;
@@ -36,30 +43,40 @@ struct PathOptions {
   PathMode mode;
   std::int64_t beam_width;
   std::int64_t max_expansions;
+  bool trace;
 };
 
-// Either a layer's grid becomes `index`, or (layer −1) the sparsity.
-struct Move {
-  Layer layer;
-  std::int32_t index;
-  bool prunes() const { return layer.value() < 0; }
+struct PathProgress {
+  std::int64_t expansions;
+  Cost cost;  // the lowest of an expanded node
+};
+
+enum class PathOrder { kGoOn, kInterrupt, kGiveUp };  // kGiveUp ends as kLimit
+
+// Is called at every node of a moving metric, and otherwise several hundred times a second.
+using PathWatch = std::function<PathOrder(const PathProgress&)>;
+
+// An expanded node, or the last one.
+struct PathVisit {
+  Levels levels;
+  double g, f;
+  Cost cost;
 };
 
 struct PathResult {
   Levels levels;
-  double length;
+  double length;  // of the moves; under a moving metric, g of the node before steps were undone
   double distortion;
   Cost cost;
   std::int64_t expansions;
   PathStatus status;
-  std::vector<Move> moves;  // from the finest levels to these; their lengths sum up to `length`
+  std::vector<Move> moves;  // from the finest levels to these
+  std::vector<PathVisit> trace;
 };
 
-// Thrown when `interrupted`, called every few milliseconds, says so.
-struct PathInterrupted {};
-
+// `measure`, if not empty, is the moving metric, and `exact` whether it is asked at children, too.
 // Throws std::invalid_argument on impossible tables or options.
-PathResult path_search(const PathTables& tables, const PathOptions& options,
-                       const std::function<bool()>& interrupted);
+PathResult path_search(const PathTables& tables, const PathOptions& options, const Measure& measure,
+                       bool exact, const PathWatch& watch);
 
 }  // namespace fitcompress

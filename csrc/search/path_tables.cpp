@@ -17,8 +17,7 @@ std::string place(const PathTables& tables, std::size_t i) {
 
 void check_values(const PathTables& tables, const double* values, const char* name,
                   double smallest) {
-  const std::size_t count =
-      tables.at(tables.last_layer(), tables.last_grid(), tables.last_sparsity()) + 1;
+  const std::size_t count = tables.count();
   for (std::size_t i = 0; i < count; ++i) {
     if (!std::isfinite(values[i]) || values[i] < smallest) {
       throw std::invalid_argument(std::string(name) + place(tables, i) + ": got " +
@@ -37,14 +36,19 @@ void PathTables::check() const {
                                 std::to_string(grids) + ", " + std::to_string(sparsities) +
                                 "), wanted at least one layer, grid and sparsity");
   }
+  // A node keeps its levels as bytes.
+  if (grids > 256 || sparsities > 256) {
+    throw std::invalid_argument("tables: got shape (" + std::to_string(layers) + ", " +
+                                std::to_string(grids) + ", " + std::to_string(sparsities) +
+                                "), wanted at most 256 grids and sparsities");
+  }
   check_values(*this, grid_length, "grid_length", 0.0);
   check_values(*this, prune_length, "prune_length", 0.0);
   check_values(*this, norm, "norm", 0.0);
   check_values(*this, distortion, "distortion", std::numeric_limits<double>::lowest());
   // No sum over the layers may pass 2^62, so that differences of sums cannot overflow.
   const std::int64_t most = (std::int64_t{1} << 62) / layers;
-  const std::size_t count = at(last_layer(), last_grid(), last_sparsity()) + 1;
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; i < count(); ++i) {
     if (cost[i] < 0 || cost[i] > most) {
       throw std::invalid_argument("cost" + place(*this, i) + ": got " + std::to_string(cost[i]) +
                                   ", wanted 0 to " + std::to_string(most));

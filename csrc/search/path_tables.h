@@ -31,6 +31,7 @@ struct PathTables {
                      static_cast<std::size_t>(grid.value());
     return row * static_cast<std::size_t>(sparsities) + static_cast<std::size_t>(sparsity.value());
   }
+  std::size_t count() const { return at(last_layer(), last_grid(), last_sparsity()) + 1; }
   Cost cost_at(Layer layer, Grid grid, Sparsity sparsity) const {
     return Cost(cost[at(layer, grid, sparsity)]);
   }

@@ -1,10 +1,18 @@
 """Types of the native module ``_core``: entropy coder and searches."""
 
 from collections.abc import Callable
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import NotRequired
+
+class PathTrace(TypedDict):
+    grids: NDArray[np.int64]
+    sparsity: NDArray[np.int64]
+    g: NDArray[np.float64]
+    f: NDArray[np.float64]
+    cost: NDArray[np.int64]
 
 class PathResult(TypedDict):
     grids: NDArray[np.int64]
@@ -13,8 +21,9 @@ class PathResult(TypedDict):
     distortion: float
     cost: int
     expansions: int
-    status: Literal["reached", "exhausted", "limit"]
+    status: Literal["reached", "exhausted", "limit", "interrupted"]
     moves: list[tuple[int, int]]
+    trace: NotRequired[PathTrace]
 
 class KnapsackResult(TypedDict):
     status: Literal["solved", "stopped", "infeasible"]
@@ -39,6 +48,11 @@ def path_search(
     mode: Literal["greedy", "beam", "best_first"],
     beam_width: int,
     max_expansions: int,
+    max_seconds: float = ...,
+    progress: Callable[[int, int], object] | None = None,
+    metric: Callable[[NDArray[np.int64], int], tuple[Any, ...]] | None = None,
+    exact: bool = False,
+    trace: bool = False,
 ) -> PathResult: ...
 def knapsack(
     cost: NDArray[np.int64],

@@ -7,23 +7,22 @@ agree to the last bit.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from fitcompress._core import PathResult
 
 SPARSITY = -1
-SHORTER = 1 - 1e-12  # other orders of the same steps differ by rounding: not shorter
-MOST_OPEN = 1 << 23
 
 Move = tuple[int, int]
 
@@ -44,14 +43,18 @@ class Levels(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Generated, not expanded; compares by f, then cost, then order of generation."""
+    """Generated, not expanded; compares by f, then cost, then order of generation.
+
+    ``siblings`` are the children of its parent, by layer, once these are known.
+    """
 
     f: float
     cost: int
     order: int
     g: float
     levels: Levels
-    moves: tuple[Move, ...]
+    moves: tuple[Move, ...] = ()
+    siblings: Mapping[int, Node] = MappingProxyType({})
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Tables:
         for layer, grid in enumerate(levels.grids):
             if grid + 1 < self.grids:
                 old, new = self.norm[layer, grid, s], self.norm[layer, grid + 1, s]
-                yield (layer, grid + 1), max(norm - float(old) + float(new), 0.0)
+                yield (layer, grid + 1), max(norm + (float(new) - float(old)), 0.0)
         if s + 1 < self.sparsities:
             move = (SPARSITY, s + 1)
             yield move, self.total(self.norm, levels.after(move))
@@ -141,6 +144,20 @@ def fill(tables: Tables, moves: list[Move], budget: int) -> list[Move]:
         levels = levels.after(best)
         last = max(i for i, move in enumerate(moves) if move[0] == best[0])
         del moves[last]
+
+
+def left_to_sibling(node: Node, layer: int, taken: dict[Levels, float]) -> bool:
+    """Whether a better sibling has led to what lowering the grid of a layer leads to.
+
+    Lowering two layers has the same length in either order. The sibling that lowers
+    this layer was better than the node, so it was expanded before, by this way or by
+    one that is no longer.
+    """
+    own = node.moves[-1][0] if node.moves else SPARSITY
+    if SPARSITY in (own, layer) or own == layer or layer not in node.siblings:
+        return False
+    sibling = node.siblings[layer]
+    return sibling < node and taken[sibling.levels] <= sibling.f
 
 
 def path_search(
@@ -180,7 +197,7 @@ def path_search(
 
     def heuristic(norm_sum: float, cost_sum: int) -> float:
         away = abs(float(cost_sum - budget))
-        return lam * (away / float(reference_cost) * math.sqrt(norm_sum))
+        return lam / float(reference_cost) * (away * math.sqrt(norm_sum))
 
     cheapest = tables.cheapest()
     if tables.total_cost(cheapest) > budget:
@@ -191,42 +208,48 @@ def path_search(
         return answer(straight, "exhausted")
 
     first = heuristic(tables.total(norm, start), tables.total_cost(start))
-    opened = [Node(first, tables.total_cost(start), 0, start_length, start, ())]
-    shortest = {start: start_length}
-    closed: set[Levels] = set()
-    lowest: Node | None = None
-    generated = 0
-    while opened:
-        node = heapq.heappop(opened)
-        if node.levels in closed:
-            continue
-        closed.add(node.levels)
-        if node.cost <= budget:
-            return answer(fill(tables, list(node.moves), budget), "reached")
-        if lowest is None or node.cost < lowest.cost:
-            lowest = node
-        if expansions == max_expansions or len(opened) > MOST_OPEN:
-            return answer(list(lowest.moves), "limit")
+    node = Node(start_length + first, tables.total_cost(start), 0, start_length, start)
+    opened: list[Node] = []  # sorted; no two have the same levels
+    taken = {start: node.f}
+    lowest = node
+    goal: Node | None = None
+    generated, status = 0, "limit"
+    while node.cost > budget:
+        lowest = min(lowest, node, key=lambda each: each.cost)
+        if expansions == max_expansions:
+            break
         expansions += 1
         if mode == "greedy":
-            opened = []
+            opened.clear()
+        children: dict[int, Node] = {}
         for move, norm_sum in tables.children(node.levels):
             generated += 1
-            child = node.levels.after(move)
+            levels = node.levels.after(move)
             g = node.g + tables.step(node.levels, move[0])
-            if child in closed or g >= shortest.get(child, math.inf) * SHORTER:
-                continue
-            shortest[child] = g
-            total = tables.total_cost(child)
+            total = tables.total_cost(levels)
             f = g + heuristic(norm_sum, total)
-            heapq.heappush(
-                opened, Node(f, total, generated, g, child, (*node.moves, move))
-            )
-        if mode == "beam":
-            opened.sort()
-            for dropped in opened[beam_width:]:
-                if shortest.get(dropped.levels) == dropped.g:
-                    del shortest[dropped.levels]
-            opened = opened[:beam_width]
-    assert lowest is not None
-    return answer(list(lowest.moves), "exhausted")
+            moves = (*node.moves, move)
+            child = Node(f, total, generated, g, levels, moves, children)
+            if total <= budget:
+                goal = min(goal or child, child)
+            if mode == "best_first" and left_to_sibling(node, move[0], taken):
+                continue
+            children[move[0]] = child
+            same = [other for other in opened if other.levels == levels]
+            if levels in taken or (same and same[0] < child):
+                continue
+            if same:
+                opened.remove(same[0])
+            bisect.insort(opened, child)
+            if mode == "beam":
+                del opened[beam_width:]
+        if not opened:
+            status = "exhausted" if goal is None else "reached"
+            break
+        node = opened.pop(0)
+        taken[node.levels] = node.f
+    else:
+        goal, status = node, "reached"
+    if goal is None:
+        return answer(list(lowest.moves), status)
+    return answer(fill(tables, list(goal.moves), budget), status)

@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace, result: Result) -> None:
 def main() -> None:
     """Run what can be run here."""
     made = parser(__doc__ or "", threads=1)
-    made.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
+    made.add_argument("--layers", nargs="*", type=int, default=list(LAYERS))
     made.add_argument("--seeds", type=int, default=5, metavar="N")
     made.add_argument("--budgets", nargs="+", type=int, default=[1, 2], choices=(1, 2))
     made.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))

@@ -81,7 +81,7 @@ def test_overruns_are_counted_in_integers():
     huge = 2**53
     cost = np.array([[[0, huge], [0, 1]]])
     instance = search_instances.Instance("x", cost, np.ones((2, 2)), (huge,), 1.0)
-    found = search_peers.measure(Wrong(), instance, 0.0, 1.0)
+    found = search_peers.measure(Wrong(), instance, 0.0, 1.0, shortest=0.0)
     assert found.overrun > 0
     assert found.gap == 0.5
 

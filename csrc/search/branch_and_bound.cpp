@@ -39,8 +39,8 @@ struct Cut {
 
 class BranchAndBound {
  public:
-  BranchAndBound(const ReducedKnapsack& problem, double gap, Watch* watch)
-      : problem_(problem), gap_(gap), watch_(*watch) {}
+  BranchAndBound(const ReducedKnapsack& problem, double gap, std::int64_t most_nodes, Watch* watch)
+      : problem_(problem), gap_(gap), most_nodes_(most_nodes), watch_(*watch) {}
 
   KnapsackResult run() {
     begin();
@@ -51,7 +51,7 @@ class BranchAndBound {
       // While diving, the lowest bound is somewhere among the open nodes.
       proven = dive ? lowest(node) : node.bound;
       if (!dive && node.bound >= target()) break;
-      if (watch_.says_stop(incumbent_.value, proven) || out_of_memory()) {
+      if (nodes_ == most_nodes_ || watch_.says_stop(incumbent_.value, proven) || out_of_memory()) {
         return result(KnapsackStatus::kStopped, proven);
       }
       ++nodes_;
@@ -263,6 +263,7 @@ class BranchAndBound {
 
   const ReducedKnapsack& problem_;
   const double gap_;
+  const std::int64_t most_nodes_;
   Watch& watch_;
   Incumbent incumbent_;
   std::vector<Node> open_;  // a heap once a plan is known
@@ -272,8 +273,9 @@ class BranchAndBound {
 
 }  // namespace
 
-KnapsackResult branch_and_bound(const ReducedKnapsack& problem, double gap, Watch* watch) {
-  return BranchAndBound(problem, gap, watch).run();
+KnapsackResult branch_and_bound(const ReducedKnapsack& problem, double gap, std::int64_t most_nodes,
+                                Watch* watch) {
+  return BranchAndBound(problem, gap, most_nodes, watch).run();
 }
 
 }  // namespace fitcompress

@@ -14,29 +14,50 @@ namespace {
 // others must become so dear that the bound shows it.
 constexpr double kForbidding[] = {1e4, 1e9};
 
-}  // namespace
-
-double best_plan(const LevelLists& levels, const PerBudget& multipliers, PricedPlan* plan,
-                 LevelChoice* choice) {
-  const auto budgets = static_cast<std::size_t>(levels.budgets);
-  double value = 0.0, size = 0.0;
-  PerBudget share{};
-  for (std::int32_t l = 0; l < levels.layers(); ++l) {
-    const auto layer = static_cast<std::size_t>(l);
+// The level of least value + Σ_m μ_m share_m of every layer, in `choice`.
+template <std::size_t Budgets>
+void least_priced(const LevelLists& levels, const PerBudget& multipliers, std::int32_t* choice) {
+  const double* const value = levels.value.data();
+  const double* share[Budgets];
+  for (std::size_t m = 0; m < Budgets; ++m) share[m] = levels.share[m].data();
+  const auto layers = static_cast<std::size_t>(levels.layers());
+  for (std::size_t l = 0; l < layers; ++l) {
     double least = std::numeric_limits<double>::infinity();
-    std::int32_t best = levels.begin[layer];
-    for (std::int32_t k = levels.begin[layer]; k < levels.begin[layer + 1]; ++k) {
-      const double priced = levels.priced(k, multipliers);
+    std::int32_t best = levels.begin[l];
+    for (std::int32_t k = levels.begin[l]; k < levels.begin[l + 1]; ++k) {
+      double priced = value[k];
+      for (std::size_t m = 0; m < Budgets; ++m) priced += multipliers[m] * share[m][k];
       if (priced < least) {
         least = priced;
         best = k;
       }
     }
-    const auto at = static_cast<std::size_t>(best);
+    choice[l] = best;
+  }
+}
+
+}  // namespace
+
+double best_plan(const LevelLists& levels, const PerBudget& multipliers, PricedPlan* plan,
+                 LevelChoice* choice) {
+  const auto budgets = static_cast<std::size_t>(levels.budgets);
+  LevelChoice own;
+  if (choice == nullptr) {
+    own.resize(static_cast<std::size_t>(levels.layers()));
+    choice = &own;
+  }
+  static_assert(kMostBudgets == 3);
+  const auto least = budgets == 1   ? least_priced<1>
+                     : budgets == 2 ? least_priced<2>
+                                    : least_priced<3>;
+  least(levels, multipliers, choice->data());
+  double value = 0.0, size = 0.0;
+  PerBudget share{};
+  for (const std::int32_t level : *choice) {
+    const auto at = static_cast<std::size_t>(level);
     value += levels.value[at];
     size += std::abs(levels.value[at]);
     for (std::size_t m = 0; m < budgets; ++m) share[m] += levels.share[m][at];
-    if (choice != nullptr) (*choice)[layer] = best;
   }
   *plan = {value, share, multipliers};
   double bound = value;

@@ -40,12 +40,13 @@ class SingleBudget {
     limit_ = problem.limit[0];
   }
 
-  KnapsackResult run() {
+  KnapsackResult run(const LevelChoice& known) {
     KnapsackResult result;
     find_break_plan();
     if (split_ < edges_.size()) {
       best_choice_ = break_;
       improve_by_one_change();
+      compare_with(known);
       add_layers();
     } else {
       best_choice_ = break_;  // the best level everywhere fits
@@ -119,6 +120,15 @@ class SingleBudget {
         best_choice_[static_cast<std::size_t>(l)] = k;
       }
     }
+  }
+
+  void compare_with(const LevelChoice& known) {
+    if (known.empty()) return;
+    double sum = 0.0;
+    for (const std::int32_t level : known) sum += value(level);
+    if (sum - base_ >= best_) return;
+    best_ = sum - base_;
+    best_choice_ = known;
   }
 
   // Those with the dearest level first: what is left to decide gets ever finer.
@@ -274,8 +284,9 @@ class SingleBudget {
 
 }  // namespace
 
-KnapsackResult solve_single_budget(const ReducedKnapsack& problem, double gap, Watch* watch) {
-  return SingleBudget(problem, gap, watch).run();
+KnapsackResult solve_single_budget(const ReducedKnapsack& problem, double gap,
+                                   const LevelChoice& known, Watch* watch) {
+  return SingleBudget(problem, gap, watch).run(known);
 }
 
 }  // namespace fitcompress

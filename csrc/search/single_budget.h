@@ -18,7 +18,9 @@
 
 namespace fitcompress {
 
-// As `knapsack`, with exactly one budget; `choice` holds indices into the lists.
-KnapsackResult solve_single_budget(const ReducedKnapsack& problem, double gap, Watch* watch);
+// As `knapsack`, with exactly one budget; `choice` holds indices into the lists. `known`: a plan
+// within the budget, or nothing.
+KnapsackResult solve_single_budget(const ReducedKnapsack& problem, double gap,
+                                   const LevelChoice& known, Watch* watch);
 
 }  // namespace fitcompress

@@ -90,6 +90,7 @@ def packed_bytes(model: nn.Module) -> bytes:
         PlanMismatchError: The model is not compressed.
         NonFiniteError: A weight is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
+        OptionError: It has steps along another dimension than the channels'.
     """
     plan = plan_of(model)
     check_finite(model)
@@ -128,6 +129,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         PlanMismatchError: The model is not compressed.
         NonFiniteError: A weight is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
+        OptionError: It has steps along another dimension than the channels'.
         OutputError: The file cannot be written.
     """
     check_writable(path)

@@ -115,6 +115,62 @@ def test_a_killed_measurement_resumes_to_the_same_table(
     assert not saved.exists()
 
 
+def interrupt(monkeypatch, *args, **options) -> None:
+    """Measure until the checkpoint has one layer."""
+    save = streaming._save
+
+    def saved(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(streaming, "_save", saved)
+        measured(*args, **options)
+
+
+def scaled(weights, factor, path) -> None:
+    names = ("a.weight", "b.weight")
+    save_file({n: torch.full(weights[n].shape, factor) for n in names}, path)
+
+
+def test_a_checkpoint_of_other_diagonals_is_not_used(
+    file, tmp_path, weights, monkeypatch
+) -> None:
+    saved, fisher = tmp_path / "partial", tmp_path / "fisher"
+    scaled(weights, 1.0, fisher)
+    interrupt(monkeypatch, file, fisher=fisher, checkpoint=saved)
+    scaled(weights, 100.0, fisher)
+    table = measured(file, fisher=fisher, checkpoint=saved)
+    same(table, measured(file, fisher=fisher))
+    assert table.fisher_trace.tolist() == [240000, 115200]
+
+
+def test_a_checkpoint_of_other_traces_is_not_used(file, tmp_path, monkeypatch) -> None:
+    first, other = (
+        {"a": torch.tensor(value), "b": torch.tensor(1.0)}
+        for value in (0.123456, 0.123459)  # alike as they are printed
+    )
+    saved = tmp_path / "partial"
+    interrupt(monkeypatch, file, fisher=first, checkpoint=saved)
+    table = measured(file, fisher=other, checkpoint=saved)
+    assert table.fisher_trace[0] == float(other["a"])
+
+
+def test_moments_are_not_summed_up_without_a_checkpoint(file, monkeypatch) -> None:
+    monkeypatch.setattr(streaming.ShardFisher, "key", lambda self: 1 / 0)
+    measured(file, fisher={"a": 1.0, "b": 1.0})
+
+
+def test_a_checkpoint_of_the_same_magnitudes_is_not_used(
+    file, tmp_path, weights, monkeypatch
+) -> None:
+    saved = tmp_path / "partial"
+    interrupt(monkeypatch, file, checkpoint=saved)
+    weights["a.weight"] = weights["a.weight"].flatten().flip(0).view(40, 60)
+    save_file(weights, file)
+    same(measured(file, checkpoint=saved), measured(file))
+
+
 def test_a_checkpoint_of_other_weights_is_not_used(file, tmp_path) -> None:
     saved = tmp_path / "partial"
     saved.write_bytes(b"no checkpoint")

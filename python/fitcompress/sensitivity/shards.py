@@ -60,6 +60,7 @@ class Shards:
 
     Attributes:
         tensors: Name → where it is, sorted by name.
+        files: The files that hold them.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
@@ -83,6 +84,7 @@ class Shards:
             raise FormatError(f"{path} has no tensors", wanted=".safetensors files")
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.tensors: dict[str, ShardTensor] = {}
+        self.files = tuple(files)
         for file in files:
             self._list(file)
         self.tensors = dict(sorted(self.tensors.items()))

@@ -8,16 +8,15 @@ import zlib
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 
 from fitcompress import ops
+from fitcompress.data.batches import digest
 from fitcompress.errors import (
-    FormatError,
     NoCompressibleLayerError,
     NonFiniteError,
     OptionError,
@@ -32,7 +31,7 @@ from fitcompress.sensitivity.levels import (
     steps_from,
     sum_of_squares,
 )
-from fitcompress.sensitivity.moments import FisherMoments
+from fitcompress.sensitivity.shard_fisher import SUFFIX, ShardFisher, layer_name
 from fitcompress.sensitivity.shards import Shards, ShardTensor
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
@@ -41,12 +40,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    import torch
+
+    from fitcompress.sensitivity.moments import FisherMoments
+
 __all__ = ["measure_shards"]
 
 logger = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
-SUFFIX = ".weight"
 
 
 def measure_shards(
@@ -99,19 +101,17 @@ def measure_shards(
         check_writable(checkpoint)
     shards = Shards(path)
     layers = _choose(shards, include, exclude, smallest)
-    known = (
-        fisher
-        if fisher is None or hasattr(fisher, "keys") or hasattr(fisher, "diagonal")
-        else Shards(fisher)
-    )
+    known = ShardFisher(fisher)
     counts = _macs(layers, macs)
     shards.reserve(max(layer.bytes for layer in layers))
     with Bar("measure: magnitudes", len(layers), enabled=progress) as bar:
-        histograms, squares = [], 0.0
+        histograms, squares, check = [], 0.0, 0
         for layer in layers:
             weight = shards.read(layer.name)
             histograms.append(_histogram(layer, weight))
             squares += sum_of_squares(weight)
+            if checkpoint is not None:
+                check = digest(weight, check)
             del weight
             bar.advance()
     sizes = [layer.size for layer in layers]
@@ -119,18 +119,18 @@ def measure_shards(
     chosen = chosen or grids_from(steps_from(squares, sum(sizes)))
     check_levels(chosen, sparsities)
     shares = histogram_sparsities(histograms, sparsities)
-    key = _key(layers, histograms, chosen, shares, fisher)
     del histograms
     columns = TableColumns(chosen)
     traces: list[float] = []
     if checkpoint is not None:
+        key = _key(layers, check, chosen, shares, known)
         traces = _resume(checkpoint, key, columns)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         bar.advance(len(traces))
         for layer, share in list(zip(layers, shares, strict=True))[len(traces) :]:
-            information, trace = _information(layer, known)
+            information, trace = known.of(layer)
             matrix = shards.read(layer.name).flatten(1)
             columns.add(matrix, information, share)
             del matrix, information
@@ -138,8 +138,8 @@ def measure_shards(
             if checkpoint is not None:
                 _save(checkpoint, key, columns, traces)
             bar.advance()
-    moments = known if isinstance(known, FisherMoments) else None
-    names = [_layer_name(layer) for layer in layers]
+    moments = known.moments
+    names = [layer_name(layer) for layer in layers]
     everything = sum(tensor.size for tensor in shards.tensors.values())
     skipped = Counter(t.dtype for t in shards.tensors.values() if t.dtype not in FLOATS)
     sensitivity = Sensitivity(
@@ -157,7 +157,7 @@ def measure_shards(
         loss=0.0 if moments is None else moments.loss / moments.samples,
         provenance={
             "labels": "unknown",
-            "fisher": "none" if known is None else type(known).__name__,
+            "fisher": known.kind,
             "macs": "one position" if macs is None else "given",
             "skipped_dtypes": dict(skipped),
         },
@@ -166,10 +166,6 @@ def measure_shards(
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return sensitivity
-
-
-def _layer_name(tensor: ShardTensor) -> str:
-    return tensor.name.removesuffix(SUFFIX)
 
 
 def _choose(
@@ -182,8 +178,8 @@ def _choose(
         and tensor.dtype in FLOATS
         and 2 <= len(tensor.shape) <= 5
         and tensor.size >= max(smallest, 1)
-        and any(fnmatchcase(_layer_name(tensor), p) for p in include)
-        and not any(fnmatchcase(_layer_name(tensor), p) for p in exclude)
+        and any(fnmatchcase(layer_name(tensor), p) for p in include)
+        and not any(fnmatchcase(layer_name(tensor), p) for p in exclude)
     ]
     if not chosen:
         raise NoCompressibleLayerError(
@@ -198,10 +194,10 @@ def _choose(
 def _macs(layers: list[ShardTensor], macs: Mapping[str, int] | None) -> list[int]:
     if macs is None:
         return [layer.size for layer in layers]
-    missing = [n for n in map(_layer_name, layers) if n not in macs]
+    missing = [n for n in map(layer_name, layers) if n not in macs]
     if missing:
         raise OptionError("a layer has no MACs", got=missing[0])
-    return [macs[_layer_name(layer)] for layer in layers]
+    return [macs[layer_name(layer)] for layer in layers]
 
 
 def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,53 +207,17 @@ def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
         raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
 
 
-def _information(
-    layer: ShardTensor, known: Any
-) -> tuple[torch.Tensor | float | None, float]:
-    """Return the diagonal or trace of a layer for its table, and its trace."""
-    name, rows = _layer_name(layer), layer.shape[0]
-    if known is None:
-        return None, float(layer.size)
-    try:
-        if isinstance(known, FisherMoments):
-            trace = known.mean_trace(name)
-            if name not in known.squares:
-                return trace, trace
-            return known.diagonal(name).view(rows, -1), trace
-        if not isinstance(known, Shards):
-            return float(known[name]), float(known[name])
-        diagonal = known.read(layer.name)
-    except KeyError as error:
-        raise OptionError("a layer has no Fisher information", got=name) from error
-    if tuple(diagonal.shape) != layer.shape:
-        raise FormatError(
-            f"the diagonal of {name} has another shape",
-            got=tuple(diagonal.shape),
-            wanted=layer.shape,
-        )
-    diagonal = diagonal.reshape(rows, -1).float()
-    return diagonal, float(diagonal.sum(dtype=torch.float64))
-
-
 def _key(
     layers: list[ShardTensor],
-    histograms: list[torch.Tensor],
+    weights: int,
     grids: Sequence[Grid],
     shares: list[list[float]],
-    fisher: Any,
+    known: ShardFisher,
 ) -> str:
     """Return what a checkpoint must have in common with this call."""
-    given = fisher
-    if isinstance(fisher, FisherMoments):
-        given = zlib.crc32(fisher.to_bytes({}))
-    elif hasattr(fisher, "items"):
-        given = sorted(fisher.items())
-    check = zlib.crc32(repr([(t.name, t.shape, t.dtype) for t in layers]).encode())
-    for histogram in histograms:
-        check = zlib.crc32(histogram.indices().numpy().tobytes(), check)
-        check = zlib.crc32(histogram.values().numpy().tobytes(), check)
-    check = zlib.crc32(repr((list(grids), shares, str(given))).encode(), check)
-    return f"{check:08x}"
+    about = [(t.name, t.shape, t.dtype) for t in layers]
+    described = repr((about, weights, list(grids), shares, known.key()))
+    return f"{zlib.crc32(described.encode()):08x}"
 
 
 def _save(

@@ -201,6 +201,28 @@ def test_an_index_must_fit_its_files(tmp_path, weights) -> None:
         measured(tmp_path / "parts")
 
 
+def test_results_beside_the_shards_are_no_part_of_them(tmp_path, file, weights) -> None:
+    first = measured(file.parent)
+    first.save(file.with_name("sensitivity.safetensors"))
+    fc.FisherMoments().save(file.with_name("moments.safetensors"))
+    packed = {"__metadata__": {"format": "fitcompress"}}
+    header = json.dumps(packed).encode()
+    size = len(header).to_bytes(8, "little")
+    file.with_name("small.safetensors").write_bytes(size + header)
+    again = measured(file.parent)
+    same(again, first)
+    assert again.dense_bytes == first.dense_bytes
+    with pytest.raises(FormatError, match=r"sensitivity.*no tensors of a model"):
+        measured(file.with_name("sensitivity.safetensors"))
+
+
+def test_a_checkpoint_does_not_overwrite_the_shards(file) -> None:
+    before = file.read_bytes()
+    with pytest.raises(OptionError, match="overwrite"):
+        measured(file, checkpoint=file)
+    assert file.read_bytes() == before
+
+
 def test_a_tensor_in_two_files_is_a_format_error(file, weights) -> None:
     save_file(weights, file.with_name("two.safetensors"))
     with pytest.raises(FormatError, match="two files"):

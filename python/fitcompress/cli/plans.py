@@ -31,6 +31,7 @@ from fitcompress.search import search as find_plan
 from fitcompress.search.problem import Family
 from fitcompress.search.selection import Method
 from fitcompress.sensitivity.measurement import measure as measure_sensitivity
+from fitcompress.sensitivity.shards import Shards
 from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Sensitivity
 
@@ -119,7 +120,8 @@ def measure(
     json: JsonOption = None,
 ) -> None:
     """Measure how much the loss rises for every level of every layer."""
-    prepare(json, out)
+    read = Shards(shards).files if shards is not None else (weights,)
+    prepare(json, out, inputs=[path for path in read if path is not None])
     checkpoint = out.with_name(out.name + ".partial")
     if shards is not None:
         if activation_bits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,16 @@ from fitcompress.errors import FormatError
 if TYPE_CHECKING:
     import os
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["ShardTensor", "Shards"]
 
 INDEX = "model.safetensors.index.json"
+OURS = {
+    "fitcompress.sensitivity": "a sensitivity",
+    "fitcompress-fisher": "Fisher moments",
+    "fitcompress.shards": "the checkpoint of a measurement",
+}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -56,7 +64,8 @@ class Shards:
 
     Args:
         path: A ``.safetensors`` file, a folder with some, or the ``.index.json`` that
-            names them. A folder's own index comes before its files.
+            names them. A folder's own index comes before its files. Of a folder
+            without one, files that this package wrote are no part.
 
     Attributes:
         tensors: Name → where it is, sorted by name.
@@ -80,6 +89,8 @@ class Shards:
             files = sorted({path.parent / file for file in expected.values()})
         else:
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if path.is_dir():
+            files = [file for file in files if _written_by_us(file) is None]
         if not files:
             raise FormatError(f"{path} has no tensors", wanted=".safetensors files")
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -134,6 +145,8 @@ class Shards:
         try:
             starts = _starts(path)
             with safetensors.safe_open(path, framework="pt") as file:
+                if (ours := _kind(file.metadata())) is not None:
+                    raise FormatError(f"{path} holds no tensors of a model", got=ours)
                 for name in sorted(file.keys()):
                     if name in self.tensors:
                         raise FormatError(
@@ -160,6 +173,26 @@ class Shards:
                     got=f"no {name} in {file}",
                     fix="download the model again",
                 )
+
+
+def _kind(metadata: dict[str, str] | None) -> str | None:
+    """Return what a file that this package wrote is; None of any other."""
+    found = metadata or {}
+    if found.get("format") == "fitcompress":
+        return "a packed model"
+    return next((OURS[key] for key in found if key in OURS), None)
+
+
+def _written_by_us(path: Path) -> str | None:
+    """Return what this package wrote to ``path``, or None; damage is found later."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            kind = _kind(file.metadata())
+    except (safetensors.SafetensorError, OSError):
+        return None
+    if kind is not None:
+        logger.info("%s is %s, and no part of the model", path, kind)
+    return kind
 
 
 def _starts(path: Path) -> dict[str, int]:

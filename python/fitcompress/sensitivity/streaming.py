@@ -21,7 +21,7 @@ from fitcompress.errors import (
     NonFiniteError,
     OptionError,
 )
-from fitcompress.files import check_writable, write_atomically
+from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
@@ -94,12 +94,15 @@ def measure_shards(
         FormatError: A file is damaged, or does not fit the index or the weights.
         NoCompressibleLayerError: Nothing is left to compress.
         NonFiniteError: A weight is NaN or infinite.
-        OptionError: Levels are out of order, or a layer has no Fisher or no MACs.
+        OptionError: Levels are out of order, a layer has no Fisher or no MACs, or the
+            checkpoint is one of the files.
         OutputError: The checkpoint cannot be written.
     """
     if checkpoint is not None:
         check_writable(checkpoint)
     shards = Shards(path)
+    if checkpoint is not None:
+        check_no_input(checkpoint, shards.files)
     layers = _choose(shards, include, exclude, smallest)
     known = ShardFisher(fisher)
     counts = _macs(layers, macs)
@@ -225,7 +228,9 @@ def _save(
 ) -> None:
     arrays = columns.stack() | {"fisher_trace": np.array(traces)}
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    saved = safetensors.numpy.save(arrays, {"shards": json.dumps({"key": key})})
+    saved = safetensors.numpy.save(
+        arrays, {"fitcompress.shards": json.dumps({"key": key})}
+    )
     write_atomically(path, saved)
 
 
@@ -236,7 +241,7 @@ def _resume(
         return []
     try:
         with safetensors.safe_open(Path(path), framework="np") as file:
-            saved = json.loads((file.metadata() or {})["shards"])
+            saved = json.loads((file.metadata() or {})["fitcompress.shards"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         traces = [float(t) for t in arrays.pop("fisher_trace")]
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:

@@ -112,13 +112,7 @@ class Shards:
         Raises:
             FormatError: The file is damaged, or the tensor of another type.
         """
-        found = self.tensors[name]
-        if found.dtype not in DTYPES:
-            raise FormatError(
-                f"{name} in {found.path} has another type",
-                got=found.dtype,
-                wanted=", ".join(DTYPES),
-            )
+        found = self.readable(name)
         self.reserve(found.bytes)
         data = self._buffer[: found.bytes]
         left = memoryview(cast("bytearray", data.numpy()))
@@ -134,6 +128,22 @@ class Shards:
         if len(left):
             raise FormatError(f"{found.path} ends within {name}")
         return data.view(DTYPES[found.dtype]).view(found.shape)
+
+    def readable(self, name: str) -> ShardTensor:
+        """Return where a tensor is that can be read.
+
+        Raises:
+            KeyError: There is none of that name.
+            FormatError: It is of another type.
+        """
+        found = self.tensors[name]
+        if found.dtype not in DTYPES:
+            raise FormatError(
+                f"{name} in {found.path} has another type",
+                got=found.dtype,
+                wanted=", ".join(DTYPES),
+            )
+        return found
 
     def reserve(self, size: int) -> None:
         """Make room for tensors of up to ``size`` bytes."""

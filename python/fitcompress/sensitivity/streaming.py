@@ -93,9 +93,10 @@ def measure_shards(
         FileNotFoundError: There is nothing at ``path``.
         FormatError: A file is damaged, or does not fit the index or the weights.
         NoCompressibleLayerError: Nothing is left to compress.
-        NonFiniteError: A weight is NaN or infinite.
-        OptionError: Levels are out of order, a layer has no Fisher or no MACs, or the
-            checkpoint is one of the files.
+        NonFiniteError: A weight or its Fisher information is NaN or infinite, or its
+            distortion would be.
+        OptionError: Levels are out of order, a layer has no Fisher or no MACs or
+            negative ones, or the checkpoint is one of the files.
         OutputError: The checkpoint cannot be written.
     """
     if checkpoint is not None:
@@ -105,7 +106,11 @@ def measure_shards(
         check_no_input(checkpoint, shards.files)
     layers = _choose(shards, include, exclude, smallest)
     known = ShardFisher(fisher)
+    known.check(layers)
     counts = _macs(layers, macs)
+    sparsities = tuple(sparsities)
+    chosen = tuple(grids) if grids is not None else ()
+    check_levels(chosen or grids_from(()), sparsities)
     shards.reserve(max(layer.bytes for layer in layers))
     with Bar("measure: magnitudes", len(layers), enabled=progress) as bar:
         histograms, squares, check = [], 0.0, 0
@@ -118,9 +123,7 @@ def measure_shards(
             del weight
             bar.advance()
     sizes = [layer.size for layer in layers]
-    chosen = tuple(grids) if grids is not None else None
     chosen = chosen or grids_from(steps_from(squares, sum(sizes)))
-    check_levels(chosen, sparsities)
     shares = histogram_sparsities(histograms, sparsities)
     del histograms
     columns = TableColumns(chosen)
@@ -135,7 +138,7 @@ def measure_shards(
         for layer, share in list(zip(layers, shares, strict=True))[len(traces) :]:
             information, trace = known.of(layer)
             matrix = shards.read(layer.name).flatten(1)
-            columns.add(matrix, information, share)
+            _tabulate(columns, layer, matrix, information, share)
             del matrix, information
             traces.append(trace)
             if checkpoint is not None:
@@ -197,16 +200,36 @@ def _choose(
 def _macs(layers: list[ShardTensor], macs: Mapping[str, int] | None) -> list[int]:
     if macs is None:
         return [layer.size for layer in layers]
-    missing = [n for n in map(layer_name, layers) if n not in macs]
-    if missing:
-        raise OptionError("a layer has no MACs", got=missing[0])
-    return [macs[layer_name(layer)] for layer in layers]
+    names = [layer_name(layer) for layer in layers]
+    for name in names:
+        if name not in macs:
+            raise OptionError("a layer has no MACs", got=name)
+        if not 0 <= macs[name] < 2**63 or macs[name] != int(macs[name]):
+            raise OptionError(
+                f"the MACs of {name} are no count",
+                got=macs[name],
+                wanted="a whole number ≥ 0",
+            )
+    return [int(macs[name]) for name in names]
 
 
 def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
     try:
         return ops.magnitude_histogram(weight).to_sparse()
     except ValueError as error:
+        raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
+
+
+def _tabulate(
+    columns: TableColumns,
+    layer: ShardTensor,
+    matrix: torch.Tensor,
+    information: torch.Tensor | float | None,
+    share: Sequence[float],
+) -> None:
+    try:
+        columns.add(matrix, information, share)
+    except (OverflowError, ValueError) as error:
         raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
 
 

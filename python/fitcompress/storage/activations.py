@@ -48,7 +48,7 @@ class StoredActivation:
         kind: A key of ``FLAGS``.
         per_channel: Whether every channel has a Δ.
         bounds: lo and hi; both 0 of a dynamic one.
-        scale: Δ, float32; empty of a dynamic one.
+        scale: Δ > 0, float32; empty of a dynamic one.
     """
 
     name: str
@@ -79,7 +79,7 @@ def stored_activations(model: nn.Module) -> list[StoredActivation]:
         kind = next(key for key, value in FLAGS.items() if value == flags)
         scale = torch.empty(0)
         if not quantizer.dynamic:
-            scale = quantizer.scale.detach().float()
+            scale = quantizer.step.detach()
         bounds = (quantizer.min_code, quantizer.max_code)
         wide = quantizer.channel is not None
         found.append(StoredActivation(name, quantizer.bits, kind, wide, bounds, scale))

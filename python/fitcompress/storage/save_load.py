@@ -88,7 +88,7 @@ def packed_bytes(model: nn.Module) -> bytes:
 
     Raises:
         PlanMismatchError: The model is not compressed.
-        NonFiniteError: A weight is NaN or infinite.
+        NonFiniteError: A weight or a step is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
         OptionError: It has steps along another dimension than the channels'.
     """
@@ -127,7 +127,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         BudgetExceededError: The file would exceed the plan's budget; nothing is
             written.
         PlanMismatchError: The model is not compressed.
-        NonFiniteError: A weight is NaN or infinite.
+        NonFiniteError: A weight or a step is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
         OptionError: It has steps along another dimension than the channels'.
         OutputError: The file cannot be written.

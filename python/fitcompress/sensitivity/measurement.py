@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments
-from fitcompress.sensitivity.estimate import estimate, estimate_key
+from fitcompress.sensitivity.estimate import estimate, estimate_key, followed
 from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.sensitivity.input_errors import input_distortion, input_histograms
 from fitcompress.sensitivity.levels import (
@@ -74,7 +75,8 @@ def measure(
             smallest |θ| go first, which costs far less than dropping the lowest F θ².
         activation_bits: Bits that the inputs of layers may have, falling, such as
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
-            the network's input, and forward passes.
+            the network's input, and forward passes over the data, which are read a
+            second time; what can be read only once, as a generator, is kept in memory.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Seeds the sampled labels.
         progress: Show a bar with the time left.
@@ -100,13 +102,14 @@ def measure(
     chosen = tuple(grids) if grids is not None else default_grids(layers)
     check_levels(chosen, sparsities, activation_bits)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
-    batches, ahead, again = itertools.tee(batches, 3)
-    macs = count_macs(model, next(take(ahead, samples))[0][:1])
-    del ahead
+    first = list(itertools.islice(batches, 1))
+    macs = count_macs(model, next(take(first, samples))[0][:1])
+    batches = followed(first, batches)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
     key += f"-{names:08x}" + ("-inputs" if activation_bits else "")
-    if not activation_bits:
-        del again
+    again: Iterable[Any] = loader
+    if activation_bits and isinstance(loader, Iterator):  # cannot be read twice
+        batches, again = itertools.tee(batches)
     moments = estimate(
         FisherEstimator(
             model,

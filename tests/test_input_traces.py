@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fitcompress as fc
+from fitcompress.errors import UnsupportedLayerError
 
 OPTIONS = {"samples": None, "activation_bits": (8, 4), "progress": False}
 
@@ -105,6 +106,41 @@ def test_the_trace_is_that_of_the_layer_alone(kind):
     table = fc.measure(model, [data()], F.cross_entropy, **OPTIONS)
     for name, trace in zip(table.names, table.activation_trace, strict=True):
         assert trace == pytest.approx(reference(model, name), rel=1e-4), name
+
+
+class Functional(Residual):
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(F.linear(x, self.branch.weight, self.branch.bias))
+
+
+class Detached(Residual):
+    def forward(self, x):
+        return self.last(self.first(x).relu() + self.branch((x > 0).float()))
+
+
+class Constant(Residual):
+    def forward(self, x):
+        return self.last(self.first(x).relu() + self.branch(self.one))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("kind", [Functional, Detached, Constant])
+def test_inputs_that_cannot_be_quantized_are_found_early(kind, monkeypatch):
+    monkeypatch.setattr(
+        "fitcompress.sensitivity.measurement.estimate", lambda *_, **__: 1 / 0
+    )
+    with pytest.raises(UnsupportedLayerError, match="input of layer 'branch'"):
+        fc.measure(built(kind), [data()], F.cross_entropy, **OPTIONS)
+
+
+def test_functional_weights_can_be_measured_without_their_inputs():
+    options = OPTIONS | {"activation_bits": ()}
+    table = fc.measure(built(Functional), [data()], F.cross_entropy, **options)
+    assert table.names == ("first", "branch", "last")
 
 
 def test_one_function_written_in_two_ways_has_one_trace():

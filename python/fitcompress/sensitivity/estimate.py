@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from fitcompress.sensitivity.moments import FisherMoments
 
-__all__ = ["estimate", "estimate_key", "followed", "measure_fisher"]
+__all__ = ["estimate", "estimate_key", "followed", "measure_fisher", "sampled"]
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def estimate(
             if number == resume and loss_fn is not None:
                 _warn_unless_mean(model, x, y, loss_fn)
             if number >= resume:
-                estimator.update(x, y, loss_fn or _sampled(x, seed, number))
+                estimator.update(x, y, loss_fn or sampled(x, seed, number))
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                     save_moments(checkpoint, estimator.moments, key)
                     saved = time.monotonic()
@@ -252,7 +252,7 @@ def _warn_unless_mean(
         )
 
 
-def _sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
+def sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
     """Return the loss with sampled labels for one batch.
 
     Seeded by batch, so that a resumed run draws the same labels.

@@ -16,9 +16,13 @@ from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments
-from fitcompress.sensitivity.estimate import estimate, estimate_key, followed
+from fitcompress.sensitivity.estimate import estimate, estimate_key, followed, sampled
 from fitcompress.sensitivity.fisher import FisherEstimator
-from fitcompress.sensitivity.input_errors import input_distortion, input_histograms
+from fitcompress.sensitivity.input_errors import (
+    check_inputs,
+    input_distortion,
+    input_histograms,
+)
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
     check_levels,
@@ -91,7 +95,8 @@ def measure(
         CalibrationError: The loss has no gradient or does not depend on a layer.
         DataError: A batch, or the output of the model for sampled labels, does not
             serve.
-        UnsupportedLayerError: A layer mixes the samples of a batch.
+        UnsupportedLayerError: A layer mixes the samples of a batch; or its input cannot
+            be quantized, with activation_bits, as the first batch shows.
         OptionError: Grids, sparsities or activation bits are out of order.
         OutputError: The checkpoint cannot be written.
     """
@@ -103,10 +108,15 @@ def measure(
     check_levels(chosen, sparsities, activation_bits)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
     first = list(itertools.islice(batches, 1))
-    macs = count_macs(model, next(take(first, samples))[0][:1])
+    x, y = next(take(first, samples))
+    macs = count_macs(model, x[:1])
     batches = followed(first, batches)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
     key += f"-{names:08x}" + ("-inputs" if activation_bits else "")
+    known = _saved(checkpoint, key)
+    if activation_bits and known is None:
+        check_inputs(model, layers, x, y, loss_fn or sampled(x[:2], seed, 0))
+    del x, y
     again: Iterable[Any] = loader
     if activation_bits and isinstance(loader, Iterator):  # cannot be read twice
         batches, again = itertools.tee(batches)
@@ -115,7 +125,7 @@ def measure(
             model,
             layers,
             activations=bool(activation_bits),
-            moments=_saved(checkpoint, key),
+            moments=known,
         ),
         take(batches, samples),
         loss_fn,

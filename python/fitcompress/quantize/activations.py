@@ -143,7 +143,7 @@ class ActivationQuantizer(nn.Module):
         self.min_code, self.max_code, self.observer = lo, hi, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` on the grid, in its own type.
+        """Return ``x`` on the grid, in its own type; in float16 at most its largest.
 
         Raises:
             CalibrationError: There is no range yet.
@@ -155,9 +155,14 @@ class ActivationQuantizer(nn.Module):
             return x
         exact = x if x.dtype in FLOATS else x.float()
         if self.channel is None:
-            return self._on_grid(exact).to(x.dtype)
-        rows = exact.movedim(self.channel, 0)
-        return self._on_grid(rows).movedim(0, self.channel).to(x.dtype)
+            found = self._on_grid(exact)
+        else:
+            rows = exact.movedim(self.channel, 0)
+            found = self._on_grid(rows).movedim(0, self.channel)
+        if x.dtype == torch.float16:  # half a step above the largest value may be ∞
+            limit = torch.finfo(x.dtype).max
+            found = found.clamp(-limit, limit)
+        return found.to(x.dtype)
 
     def _on_grid(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows``, the channels along their first dimension, on the grid."""
@@ -223,6 +228,8 @@ class ActivationQuantizer(nn.Module):
             self._set_scale(torch.ones_like(stored, device=self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.dynamic:
+            if self.scale.dtype != torch.float32:  # assign=True takes what is there
+                self._set_scale(self.scale.float())
             self.min_code, self.max_code = self.bounds.tolist()
             if self.max_code:
                 self.observer = None

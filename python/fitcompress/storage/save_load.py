@@ -206,7 +206,8 @@ def load(
         model: A model of the same architecture; its weights do not matter.
         trainable: Put the weights back on their grids, to go on fine-tuning and to save
             again; zeros of a layer with a mask stay zero. Otherwise plain modules with
-            dense weights, fast to run. Activations are quantized either way.
+            dense weights, fast to run. Activations are quantized either way, and
+            their steps can be trained, whether ``learn`` was set or not.
 
     Returns:
         ``model``, in eval mode.

@@ -442,6 +442,15 @@ def test_measure_takes_shards_or_a_model(run) -> None:
     both = run("measure", "--shards", "one.safetensors", "--dataset", "digits")
     assert both.code
     assert "takes the place" in both.err
+    for option in ("--samples", "--data", "--seed"):
+        unused = run("measure", "--shards", "one.safetensors", option, "7")
+        assert unused.code
+        assert f"leave {option} out" in unused.err
+    for bits in ("8²", "8,999999", "9" * 5000, "-8"):
+        model = ("--model", "x", "--weights", "w", "--dataset", "digits")
+        failed = run("measure", *model, "--activation-bits", bits)
+        assert failed.code
+        assert "Traceback" not in failed.err
     neither = run("measure")
     assert neither.code
     assert "--shards" in neither.err

@@ -189,6 +189,14 @@ def test_batches_are_not_kept(bits) -> None:
     assert moments.most <= 4
 
 
+def test_bits_in_other_containers(net, loader):
+    for bits in (8, [8], iter([8])):
+        table = fc.measure(
+            net, loader, grids=GRIDS, activation_bits=bits, progress=False
+        )
+        assert table.activation_bits == (None, 8)
+
+
 @pytest.mark.parametrize("bits", [(4, 8), (8, 8), (17,), (1,), (8.0,)])
 def test_bad_bits(net, loader, bits):
     with pytest.raises(OptionError, match="activation bits"):

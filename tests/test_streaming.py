@@ -14,7 +14,12 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress import ops
-from fitcompress.errors import FormatError, NonFiniteError, OptionError
+from fitcompress.errors import (
+    FormatError,
+    NoCompressibleLayerError,
+    NonFiniteError,
+    OptionError,
+)
 from fitcompress.sensitivity import streaming
 from fitcompress.sensitivity.levels import histogram_sparsities
 from fitcompress.sensitivity.streaming import measure_shards
@@ -221,6 +226,37 @@ def test_a_checkpoint_does_not_overwrite_the_shards(file) -> None:
     with pytest.raises(OptionError, match="overwrite"):
         measured(file, checkpoint=file)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 200000,
+        b'{"weight_map": ' + b"[" * 200000,
+        b'{"weight_map": {"a.weight": "a\\u0000b"}}',
+        b'{"weight_map": {"a.weight": ""}}',
+        b'{"weight_map": {"a.weight": ".."}}',
+    ],
+    ids=range(5),
+)
+def test_impossible_indices_and_headers(tmp_path, text) -> None:
+    index, header = tmp_path / "x.index.json", tmp_path / "x.safetensors"
+    index.write_bytes(text)
+    with pytest.raises(FormatError):
+        measured(index)
+    header.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FormatError):
+        measured(header)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(FormatError):
+        measured(tmp_path / "folder.json")
+
+
+def test_one_pattern_is_one(file) -> None:
+    assert measured(file, include="a*").names == ("a",)
+    assert measured(file, exclude="a*").names == ("b", "embed")
+    with pytest.raises(NoCompressibleLayerError):
+        measured(file, include="x.*")
 
 
 def test_a_tensor_in_two_files_is_a_format_error(file, weights) -> None:

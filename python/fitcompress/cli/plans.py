@@ -86,14 +86,15 @@ def _family(name: FamilyName | None) -> Family | None:
 def _numbers(text: str) -> tuple[int, ...]:
     """Return the numbers of a list with commas."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        message = f"wanted whole numbers with commas between them, got {text!r}"
+    if not all(part.isdecimal() and len(part) < 3 for part in parts):
+        message = f"wanted whole numbers with commas between them, got {text[:50]!r}"
         raise typer.BadParameter(message)
     return tuple(int(part) for part in parts)
 
 
 @app.command()
 def measure(
+    context: typer.Context,
     model: Annotated[str | None, MODEL] = None,
     weights: Annotated[Path | None, WEIGHTS] = None,
     dataset: Annotated[str | None, DATASET] = None,
@@ -130,6 +131,11 @@ def measure(
         if model is not None or weights is not None or dataset is not None:
             message = "--shards takes the place of --model, --weights and --dataset"
             raise typer.BadParameter(message)
+        for name in ("samples", "data", "seed"):
+            given = context.get_parameter_source(name)
+            if given is not None and given.name == "COMMANDLINE":
+                message = f"--shards are measured without data: leave --{name} out"
+                raise typer.BadParameter(message)
         table = measure_shards(shards, checkpoint=checkpoint)
     elif model is None or weights is None or dataset is None:
         message = "measure needs --model, --weights and --dataset, or else --shards"

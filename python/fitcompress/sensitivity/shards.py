@@ -219,7 +219,14 @@ def _starts(path: Path) -> dict[str, int]:
             for name, about in known.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ):
         return {}
 
 
@@ -228,11 +235,18 @@ def _read_index(path: Path) -> dict[str, str]:
         names = json.loads(path.read_bytes())["weight_map"]
         if not all(isinstance(file, str) for file in names.values()):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise FormatError(
             f"{path} is no index", wanted="weight_map: tensor → file"
         ) from error
     for file in names.values():
-        if Path(file).name != file:
-            raise FormatError(f"{path} names a file elsewhere", got=file)
+        if Path(file).name != file or "\0" in file:
+            raise FormatError(f"{path} names a file elsewhere", got=repr(file))
     return dict(names)

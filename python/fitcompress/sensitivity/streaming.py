@@ -57,8 +57,8 @@ def measure_shards(
     fisher: Mapping[str, float] | FisherMoments | str | os.PathLike[str] | None = None,
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = ("*embed*",),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = ("*embed*",),
     smallest: int = 1024,
     macs: Mapping[str, int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -78,8 +78,8 @@ def measure_shards(
             F = 1, so distortion is half the squared error, and is no loss in nats.
         grids: As for `measure`.
         sparsities: As for `measure`.
-        include: Shell patterns; a layer must match one.
-        exclude: Shell patterns; a layer must match none.
+        include: Shell pattern, or several; a layer must match one.
+        exclude: Shell pattern, or several; a layer must match none.
         smallest: Least number of weights of a layer.
         macs: Layer → multiply-accumulates of one sample. None: one position each, rows
             × columns, which ranks convolutions wrongly.
@@ -175,8 +175,13 @@ def measure_shards(
 
 
 def _choose(
-    shards: Shards, include: Sequence[str], exclude: Sequence[str], smallest: int
+    shards: Shards,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    smallest: int,
 ) -> list[ShardTensor]:
+    include = (include,) if isinstance(include, str) else include
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     chosen = [
         tensor
         for tensor in shards.tensors.values()

@@ -294,6 +294,27 @@ def test_a_dynamic_quantizer_does_not_hide_nan(wide) -> None:
     assert bool(y[:, 3].isfinite().all()) is wide  # channels do not share a step
 
 
+def test_dynamic_steps_reach_the_ends_of_a_type() -> None:
+    for symmetric in (False, True):
+        made = ActivationQuantizer(8, dynamic=True, symmetric=symmetric)
+        for low in range(-65000, -100, 530):
+            x = torch.tensor([65504.0, float(low), 1.0]).half()
+            assert bool(made(x).isfinite().all())
+        x[2] = torch.nan
+        assert made(x)[2].isnan()
+        x = torch.tensor([3e38, -3e38, 1e38])
+        assert torch.allclose(made(x), x, atol=3e36)
+
+
+def test_assigned_states_leave_steps_in_float32() -> None:
+    made = ActivationQuantizer(8)
+    state = fixed(0, 255, bits=8).state_dict()
+    state["scale"] = state["scale"].half()
+    made.load_state_dict(state, assign=True)
+    assert made.scale.dtype == torch.float32
+    assert made.scale.requires_grad and isinstance(made.scale, nn.Parameter)
+
+
 def test_steps_stay_float32_in_a_half_precision_model() -> None:
     x = torch.rand(64, 6) * 1e-6  # a step that would be 0 in float16
     quantizer = ActivationQuantizer(8, MSEObserver())

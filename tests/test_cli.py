@@ -422,6 +422,23 @@ def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:
     assert Path("a").read_bytes() == Path("b").read_bytes()
 
 
+def test_measure_does_not_overwrite_what_it_reads(run) -> None:
+    safetensors.torch.save_file({"a.weight": torch.randn(40, 30)}, "one.safetensors")
+    before = Path("one.safetensors").read_bytes()
+    Path("link").symlink_to("one.safetensors")
+    for out in ("one.safetensors", "./one.safetensors", "link"):
+        for option in ("--out", "--json"):
+            failed = run("measure", "--shards", ".", option, out)
+            assert failed.code
+            assert "overwrite" in failed.err
+    assert Path("one.safetensors").read_bytes() == before
+    done(run("measure", "--shards", "."))  # writes into the folder
+    first = fc.Sensitivity.load("sensitivity.safetensors")
+    done(run("measure", "--shards", "."))
+    second = fc.Sensitivity.load("sensitivity.safetensors")
+    assert first.dense_bytes == second.dense_bytes
+
+
 def test_measure_takes_shards_or_a_model(run) -> None:
     safetensors.torch.save_file({"a.weight": torch.randn(40, 30)}, "one.safetensors")
     done(run("measure", "--shards", "one.safetensors", "--out", "s.safetensors"))
@@ -429,6 +446,15 @@ def test_measure_takes_shards_or_a_model(run) -> None:
     both = run("measure", "--shards", "one.safetensors", "--dataset", "digits")
     assert both.code
     assert "takes the place" in both.err
+    for option in ("--samples", "--data", "--seed"):
+        unused = run("measure", "--shards", "one.safetensors", option, "7")
+        assert unused.code
+        assert f"leave {option} out" in unused.err
+    for bits in ("8²", "8,999999", "9" * 5000, "-8"):
+        model = ("--model", "x", "--weights", "w", "--dataset", "digits")
+        failed = run("measure", *model, "--activation-bits", bits)
+        assert failed.code
+        assert "Traceback" not in failed.err
     neither = run("measure")
     assert neither.code
     assert "--shards" in neither.err

@@ -1,5 +1,7 @@
 """measure(activation_bits=…): the trace of inputs, and what quantizing them costs."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,45 @@ def test_a_killed_measurement_goes_on(net, images, tmp_path, monkeypatch):
     assert len(updates) == 1  # of three batches
     assert (resumed.activation_trace == whole.activation_trace).all()
     assert (resumed.activation_distortion == whole.activation_distortion).all()
+
+
+class Counted:
+    """Batches that know how many of them are alive."""
+
+    def __init__(self) -> None:
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def __iter__(self):
+        for number in range(40):
+            x = torch.randn(3, 6, generator=torch.Generator().manual_seed(number))
+            self.alive.add(x)
+            self.most = max(self.most, len(self.alive))
+            yield x
+            del x
+
+
+@pytest.mark.parametrize("bits", [(), (8, 4)])
+def test_batches_are_not_kept(bits) -> None:
+    net, data = nn.Sequential(nn.Linear(6, 4)).eval(), Counted()
+    options = {"grids": GRIDS, "progress": False}
+    table = fc.measure(net, data, activation_bits=bits, **options)
+    assert table.samples == 120
+    assert data.most <= 4
+    once = Counted()  # a generator is, if its batches are needed twice
+    again = fc.measure(net, iter(once), activation_bits=bits, **options)
+    assert (again.activation_distortion == table.activation_distortion).all()
+    assert (once.most <= 4) is (not bits)
+    moments = Counted()
+    fc.measure_fisher(net, moments, progress=False)
+    assert moments.most <= 4
+
+
+def test_bits_in_other_containers(net, loader):
+    for bits in (8, [8], iter([8])):
+        table = fc.measure(
+            net, loader, grids=GRIDS, activation_bits=bits, progress=False
+        )
+        assert table.activation_bits == (None, 8)
 
 
 @pytest.mark.parametrize("bits", [(4, 8), (8, 8), (17,), (1,), (8.0,)])

@@ -102,6 +102,10 @@ def test_merging_is_exact() -> None:
     left.merge(ValueHistogram(1))  # empty
     for name in ("counts", "zeros", "exponents", "low", "high"):
         assert torch.equal(getattr(left, name), getattr(whole, name))
+    for name in ("distances", "squares"):
+        assert torch.allclose(
+            getattr(left, name), getattr(whole, name), rtol=1e-12, atol=1e-9
+        )
     empty = ValueHistogram(1)
     empty.merge(whole)
     assert torch.equal(empty.counts, whole.counts)
@@ -123,6 +127,36 @@ def test_the_histogram_knows_the_squared_error(kind) -> None:
         found = seen(MinMaxObserver(), x * clip).range(bits)
         estimate = histogram.squared_error(found.scale, found.min_code, found.max_code)
         assert float(estimate) == pytest.approx(error(x, found), rel=0.02)
+
+
+def test_sums_of_bins_by_hand() -> None:
+    histogram = ValueHistogram(bins=4)
+    histogram.add(torch.tensor([0.0, 0.5, 1.5, 3.25, -0.5, -1.25]))  # w = 1
+    assert histogram.distances.tolist() == [[0, 0, 0.25, 0.5, 0.5, 0.5, 0, 0.25]]
+    assert histogram.squares.tolist() == [[0, 0, 1 / 16, 0.25, 0.25, 0.25, 0, 1 / 16]]
+    histogram.add(torch.tensor([4.0]))  # w = 2: 0.5 and 1.5 are at ¼ and ¾
+    assert histogram.distances.tolist() == [[0, 0, 0, 0.875, 1, 0.625, 0, 0]]
+    squares = [0, 0, 0, 1 / 16 + 25 / 64, 10 / 16, 25 / 64, 0, 0]
+    assert histogram.squares.tolist() == [squares]
+
+
+@pytest.mark.parametrize("batches", [1, 7])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outlier", [1e2, 1e3, 1e4, 1e5, 1e6, -1e5])
+def test_outliers_do_not_spoil_the_squared_error(outlier, bits, batches) -> None:
+    x = values("normal", 40000)
+    x[5] = outlier
+    histogram = ValueHistogram()
+    for part in x.chunk(batches):
+        histogram.add(part)
+    found, estimate = least_error(histogram, bits)
+    assert float(estimate) == pytest.approx(error(x, found), rel=0.05)
+    for share in (0.5, 0.1):  # clips; and the values lie on several codes
+        scale = found.scale * share
+        lo, hi = found.min_code, found.max_code
+        estimate = histogram.squared_error(scale, lo, hi)
+        true = error(x, Range(scale, lo, hi))
+        assert float(estimate) == pytest.approx(true, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "gelu", "heavy", "negative"])

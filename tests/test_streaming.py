@@ -14,7 +14,12 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress import ops
-from fitcompress.errors import FormatError, NonFiniteError, OptionError
+from fitcompress.errors import (
+    FormatError,
+    NoCompressibleLayerError,
+    NonFiniteError,
+    OptionError,
+)
 from fitcompress.sensitivity import streaming
 from fitcompress.sensitivity.levels import histogram_sparsities
 from fitcompress.sensitivity.streaming import measure_shards
@@ -115,6 +120,62 @@ def test_a_killed_measurement_resumes_to_the_same_table(
     assert not saved.exists()
 
 
+def interrupt(monkeypatch, *args, **options) -> None:
+    """Measure until the checkpoint has one layer."""
+    save = streaming._save
+
+    def saved(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(streaming, "_save", saved)
+        measured(*args, **options)
+
+
+def scaled(weights, factor, path) -> None:
+    names = ("a.weight", "b.weight")
+    save_file({n: torch.full(weights[n].shape, factor) for n in names}, path)
+
+
+def test_a_checkpoint_of_other_diagonals_is_not_used(
+    file, tmp_path, weights, monkeypatch
+) -> None:
+    saved, fisher = tmp_path / "partial", tmp_path / "fisher"
+    scaled(weights, 1.0, fisher)
+    interrupt(monkeypatch, file, fisher=fisher, checkpoint=saved)
+    scaled(weights, 100.0, fisher)
+    table = measured(file, fisher=fisher, checkpoint=saved)
+    same(table, measured(file, fisher=fisher))
+    assert table.fisher_trace.tolist() == [240000, 115200]
+
+
+def test_a_checkpoint_of_other_traces_is_not_used(file, tmp_path, monkeypatch) -> None:
+    first, other = (
+        {"a": torch.tensor(value), "b": torch.tensor(1.0)}
+        for value in (0.123456, 0.123459)  # alike as they are printed
+    )
+    saved = tmp_path / "partial"
+    interrupt(monkeypatch, file, fisher=first, checkpoint=saved)
+    table = measured(file, fisher=other, checkpoint=saved)
+    assert table.fisher_trace[0] == float(other["a"])
+
+
+def test_moments_are_not_summed_up_without_a_checkpoint(file, monkeypatch) -> None:
+    monkeypatch.setattr(streaming.ShardFisher, "key", lambda self: 1 / 0)
+    measured(file, fisher={"a": 1.0, "b": 1.0})
+
+
+def test_a_checkpoint_of_the_same_magnitudes_is_not_used(
+    file, tmp_path, weights, monkeypatch
+) -> None:
+    saved = tmp_path / "partial"
+    interrupt(monkeypatch, file, checkpoint=saved)
+    weights["a.weight"] = weights["a.weight"].flatten().flip(0).view(40, 60)
+    save_file(weights, file)
+    same(measured(file, checkpoint=saved), measured(file))
+
+
 def test_a_checkpoint_of_other_weights_is_not_used(file, tmp_path) -> None:
     saved = tmp_path / "partial"
     saved.write_bytes(b"no checkpoint")
@@ -143,6 +204,59 @@ def test_an_index_must_fit_its_files(tmp_path, weights) -> None:
     index.write_text(json.dumps({"weight_map": {"x.weight": "part-0.safetensors"}}))
     with pytest.raises(FormatError, match=r"x\.weight"):
         measured(tmp_path / "parts")
+
+
+def test_results_beside_the_shards_are_no_part_of_them(tmp_path, file, weights) -> None:
+    first = measured(file.parent)
+    first.save(file.with_name("sensitivity.safetensors"))
+    fc.FisherMoments().save(file.with_name("moments.safetensors"))
+    packed = {"__metadata__": {"format": "fitcompress"}}
+    header = json.dumps(packed).encode()
+    size = len(header).to_bytes(8, "little")
+    file.with_name("small.safetensors").write_bytes(size + header)
+    again = measured(file.parent)
+    same(again, first)
+    assert again.dense_bytes == first.dense_bytes
+    with pytest.raises(FormatError, match=r"sensitivity.*no tensors of a model"):
+        measured(file.with_name("sensitivity.safetensors"))
+
+
+def test_a_checkpoint_does_not_overwrite_the_shards(file) -> None:
+    before = file.read_bytes()
+    with pytest.raises(OptionError, match="overwrite"):
+        measured(file, checkpoint=file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 200000,
+        b'{"weight_map": ' + b"[" * 200000,
+        b'{"weight_map": {"a.weight": "a\\u0000b"}}',
+        b'{"weight_map": {"a.weight": ""}}',
+        b'{"weight_map": {"a.weight": ".."}}',
+    ],
+    ids=range(5),
+)
+def test_impossible_indices_and_headers(tmp_path, text) -> None:
+    index, header = tmp_path / "x.index.json", tmp_path / "x.safetensors"
+    index.write_bytes(text)
+    with pytest.raises(FormatError):
+        measured(index)
+    header.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FormatError):
+        measured(header)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(FormatError):
+        measured(tmp_path / "folder.json")
+
+
+def test_one_pattern_is_one(file) -> None:
+    assert measured(file, include="a*").names == ("a",)
+    assert measured(file, exclude="a*").names == ("b", "embed")
+    with pytest.raises(NoCompressibleLayerError):
+        measured(file, include="x.*")
 
 
 def test_a_tensor_in_two_files_is_a_format_error(file, weights) -> None:

@@ -6,10 +6,14 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fitcompress.errors import OutputError
+from fitcompress.errors import OptionError, OutputError
 
-__all__ = ["check_writable", "read_bytes", "write_atomically"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["check_no_input", "check_writable", "read_bytes", "write_atomically"]
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -44,6 +48,25 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
             fix=f"create {path.parent} or choose another place",
         ) from error
     return path
+
+
+def check_no_input(
+    path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Raise if writing to ``path`` would overwrite one of the files that are read.
+
+    Raises:
+        OptionError: It would.
+    """
+    path = Path(path)
+    for each in map(Path, inputs):
+        if path.exists() and each.exists() and path.samefile(each):
+            raise OptionError(
+                f"writing {path} would overwrite what is read",
+                got=each,
+                wanted="another file",
+                fix="choose another name for the result",
+            )
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

@@ -2,14 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from fitcompress.files import check_writable, write_atomically
+from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.versions import __version__
 
 __all__ = [
@@ -82,19 +82,23 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
-def prepare(json_path: Path | None, *outputs: Path | None) -> None:
+def prepare(
+    json_path: Path | None, *outputs: Path | None, inputs: Iterable[Path] = ()
+) -> None:
     """Get ready to write, before any work is done.
 
     With ``--json -`` everything for people goes to the standard error stream.
 
     Raises:
         OutputError: One of the files cannot be written.
+        OptionError: One of them is among ``inputs``.
     """
     to_stdout = json_path is not None and str(json_path) == "-"
     console.stderr = to_stdout
     for path in (*outputs, None if to_stdout else json_path):
         if path is not None:
             check_writable(path)
+            check_no_input(path, inputs)
 
 
 def emit(path: Path | None, values: dict[str, Any]) -> None:

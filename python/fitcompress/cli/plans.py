@@ -31,6 +31,7 @@ from fitcompress.search import search as find_plan
 from fitcompress.search.problem import Family
 from fitcompress.search.selection import Method
 from fitcompress.sensitivity.measurement import measure as measure_sensitivity
+from fitcompress.sensitivity.shards import Shards
 from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Sensitivity
 
@@ -96,14 +97,15 @@ def _family(name: FamilyName | None) -> Family | None:
 def _numbers(text: str) -> tuple[int, ...]:
     """Return the numbers of a list with commas."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        message = f"wanted whole numbers with commas between them, got {text!r}"
+    if not all(part.isdecimal() and len(part) < 3 for part in parts):
+        message = f"wanted whole numbers with commas between them, got {text[:50]!r}"
         raise typer.BadParameter(message)
     return tuple(int(part) for part in parts)
 
 
 @app.command()
 def measure(
+    context: typer.Context,
     model: Annotated[str | None, MODEL] = None,
     weights: Annotated[Path | None, WEIGHTS] = None,
     dataset: Annotated[str | None, DATASET] = None,
@@ -130,7 +132,8 @@ def measure(
     json: JsonOption = None,
 ) -> None:
     """Measure how much the loss rises for every level of every layer."""
-    prepare(json, out)
+    read = Shards(shards).files if shards is not None else (weights,)
+    prepare(json, out, inputs=[path for path in read if path is not None])
     checkpoint = out.with_name(out.name + ".partial")
     if shards is not None:
         if activation_bits:
@@ -139,6 +142,11 @@ def measure(
         if model is not None or weights is not None or dataset is not None:
             message = "--shards takes the place of --model, --weights and --dataset"
             raise typer.BadParameter(message)
+        for name in ("samples", "data", "seed"):
+            given = context.get_parameter_source(name)
+            if given is not None and given.name == "COMMANDLINE":
+                message = f"--shards are measured without data: leave --{name} out"
+                raise typer.BadParameter(message)
         table = measure_shards(shards, checkpoint=checkpoint)
     elif model is None or weights is None or dataset is None:
         message = "measure needs --model, --weights and --dataset, or else --shards"

@@ -134,8 +134,8 @@ def take(
 def digest(x: torch.Tensor, start: int = 0) -> int:
     """Return the CRC-32 of the values of ``x``, continued from ``start``."""
     flat = x.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(
-        flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"", start
+    return (
+        zlib.crc32(flat.view(torch.uint8).numpy().data, start) if len(flat) else start
     )
 
 

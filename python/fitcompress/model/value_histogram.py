@@ -3,13 +3,19 @@
 Bin i counts the values with i·w ≤ x < (i + 1)·w, −N ≤ i < N, and w = 2^e with the least
 e at which the largest magnitude fits. When a larger value comes, w is doubled and pairs
 of bins are added: floor(x / 2w) = floor(floor(x / w) / 2), so the counts are exactly
-those that all data at once would have had. Zeros, half of the values behind a ReLU, are
-counted apart: every grid holds them.
+those that all data at once would have had; only of negative values so small that x/w
+underflows the sign may be lost. Zeros, half of the values behind a ReLU, are counted
+apart: every grid holds them.
+
+With outliers nearly all values lie in a few bins, far from evenly. So a bin also sums
+the distances r of its values from its edge nearer to zero, in widths w, and their
+squares: float64, the same for any cut but for rounding.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +25,8 @@ __all__ = ["ValueHistogram", "channel_rows"]
 
 BINS, CHANNEL_BINS = 2048, 512  # N, for one histogram and for one per channel
 LEAST_EXPONENT = -126  # of w: 1/w is a float32
-CHUNK = 1 << 22  # values that are binned at a time
+TINY = 1e-300  # of a length, to divide by
+CHUNK = 1 << 20  # values that are binned at a time
 
 
 def channel_rows(x: torch.Tensor, channel: int | None) -> torch.Tensor:
@@ -35,6 +42,23 @@ def channel_rows(x: torch.Tensor, channel: int | None) -> torch.Tensor:
     return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """Where the values of K bins lie, as |x|/w.
+
+    Attributes:
+        negative: Whether x is, [K].
+        first: Begin of the even distribution with their mean and variance, [C, K].
+        last: Its end.
+        counts: How many there are, float64.
+    """
+
+    negative: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    counts: torch.Tensor
+
+
 class ValueHistogram:
     """Counts values in 2N bins per channel, in bounded memory.
 
@@ -44,6 +68,8 @@ class ValueHistogram:
 
     Attributes:
         counts: int64 [C, 2N]; column i + N is bin i, zeros excepted. None at first.
+        distances: Σ r of the values of a bin, float64 [C, 2N].
+        squares: Σ r².
         zeros: How many values are zero, int64 [C].
         exponents: e, int64 [C].
         low: The smallest value, float32 [C].
@@ -51,10 +77,13 @@ class ValueHistogram:
     """
 
     counts: torch.Tensor | None = None
+    distances: torch.Tensor
+    squares: torch.Tensor
     zeros: torch.Tensor
     exponents: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    _spread: _Spread | None = None
 
     def __init__(self, channel: int | None = None, bins: int | None = None) -> None:
         self.channel = channel
@@ -85,8 +114,7 @@ class ValueHistogram:
             check_channels(low, self.low)
             batch.exponents = torch.maximum(exponents, self.exponents)
         batch.zeros = (rows == 0).sum(1)
-        batch.counts = _counted(rows, batch.exponents, self.bins)
-        batch.counts[:, self.bins] -= batch.zeros
+        batch._count(rows)
         self.merge(batch)
 
     def merge(self, other: ValueHistogram) -> None:
@@ -97,14 +125,18 @@ class ValueHistogram:
         """
         if other.counts is None:
             return
+        self._spread = None
         if self.counts is None:
             self.counts, self.zeros = other.counts.clone(), other.zeros
+            self.distances, self.squares = other.distances, other.squares
             self.exponents, self.low, self.high = other.exponents, other.low, other.high
             return
         check_channels(other.low, self.low)
         wider = torch.maximum(self.exponents, other.exponents)
-        self.counts = _widened(self.counts, wider - self.exponents)
-        self.counts += _widened(other.counts, wider - other.exponents)
+        mine, new = self._widened(wider), other._widened(wider)
+        self.counts, self.distances, self.squares = (
+            a + b for a, b in zip(mine, new, strict=True)
+        )
         self.zeros, self.exponents = self.zeros + other.zeros, wider
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
@@ -139,10 +171,16 @@ class ValueHistogram:
     def squared_error(self, scale: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
         """Return Σ (x − Δ·clip(round(x/Δ), lo, hi))² of every channel, float64 [C].
 
-        The values of a bin are taken as spread evenly over it; the square is integrated
-        exactly: with t = x/Δ and k = clip(round(t), lo, hi),
+        The values of a bin are taken as spread evenly about their mean, as widely as
+        their variance says: exact wherever these fall on one code. With t = |x|/Δ and
+        k = clip(round(t), hi), or −lo if x is negative,
 
-            ∫ (t − k)² dt = k/12 + (t − k)³/3.
+            ∫ (t − k)² dt = k/12 + (t − k)³/3,
+
+        whose mean over [t, t'] is S + (k' − k)/(t' − t) · (1/12 − S) with
+        3 S = (t − k)² + (t − k)(t' − k') + (t' − k')².
+
+        The result is rounded to 24 bits, so that it is the same for any cut.
 
         Args:
             scale: Δ > 0, [C].
@@ -152,19 +190,79 @@ class ValueHistogram:
         Raises:
             CalibrationError: Nothing was counted.
         """
+        spread = self._spread or self._find_spread()
+        scale = scale.double().to(spread.counts.device)
+        width = (self._widths() / scale)[:, None]
+        cap = torch.where(spread.negative, -lo, hi).double()
+        a, b = spread.first * width, spread.last * width
+        low, high = a.round().clamp_(-cap, cap), b.round().clamp_(-cap, cap)
+        across = (high - low).div_((b - a).clamp_min_(TINY))  # codes per length
+        a, b = a.sub_(low), b.sub_(high)
+        third = (a + b).mul_(a).addcmul_(b, b).div_(3)
+        error = across.mul_(1 / 12 - third).add_(third)
+        total = error.mul_(spread.counts).sum(1) * scale.square()
+        upper = total * (2**29 + 1)
+        return upper - (upper - total)
+
+    def _find_spread(self) -> _Spread:
+        """Return, and keep, where the values of bins that are not empty lie."""
         counts = self._known()
-        used = counts.any(0).nonzero()
-        if not len(used):
-            return torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
-        first, last = int(used[0]), int(used[-1]) + 1
-        edges = torch.arange(first, last + 1, device=counts.device) - self.bins
-        width = (self._widths() / scale.double().to(counts.device))[:, None]
-        t = edges * width
-        code = t.round().clamp(lo, hi)
-        integral = code / 12 + (t - code) ** 3 / 3
-        mean = integral.diff(dim=1) / width
-        total = (counts[:, first:last] * mean).sum(1)
-        return total * scale.double().to(counts.device).square()
+        used = counts.any(0).nonzero()[:, 0]
+        index = used - self.bins
+        negative = index < 0
+        inner = torch.where(negative, ~index, index)
+        counts = counts[:, used].double()
+        count = counts.clamp_min(1)
+        mean = self.distances[:, used] / count
+        variance = (self.squares[:, used] / count - mean.square()).clamp_min(0)
+        half = torch.maximum((3 * variance).sqrt(), 1e-6 * mean)
+        mean += inner
+        self._spread = _Spread(negative, mean - half, mean + half, counts)
+        return self._spread
+
+    def _count(self, rows: torch.Tensor) -> None:
+        """Fill the bins with values [C, n], zeros excepted; exponents are known."""
+        channels, size = len(rows), len(rows) * 2 * self.bins
+        inverse = _powers(-self.exponents, torch.float32)[:, None]
+        offset = torch.arange(channels, device=rows.device)[:, None] * 2 * self.bins
+        counts = torch.zeros(size, dtype=torch.int64, device=rows.device)
+        distances, squares = torch.zeros(2, size, dtype=torch.float64).to(rows.device)
+        for part in torch.split(rows, max(CHUNK // channels, 1), dim=1):
+            scaled = part * inverse
+            index = scaled.floor().long()
+            inner = torch.where(index < 0, ~index, index)
+            distance = (scaled.double().abs_() - inner).flatten()
+            index = (index + (offset + self.bins)).flatten()
+            counts += torch.bincount(index, minlength=size)
+            distances.scatter_add_(0, index, distance)
+            squares.scatter_add_(0, index, distance.square_())
+        shape = channels, 2 * self.bins
+        self.counts = counts.view(shape)
+        self.counts[:, self.bins] -= self.zeros
+        self.distances, self.squares = distances.view(shape), squares.view(shape)
+
+    def _widened(
+        self, exponents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return counts and sums in bins of width 2^exponents, no less than now."""
+        known = self._known(), self.distances, self.squares
+        doublings = exponents - self.exponents
+        if not bool(doublings.any()):
+            return known
+        counts, distances, squares = known
+        index = torch.arange(-self.bins, self.bins, device=counts.device)
+        wide = index >> doublings.clamp_max(62)[:, None]
+        inner, outer = (torch.where(i < 0, ~i, i) for i in (index, wide))
+        part = _powers(-doublings, torch.float64)[:, None]
+        before = inner * part - outer  # the old edge, from the new one
+        squares = squares * part**2 + before * (2 * part * distances + before * counts)
+        distances = distances * part + before * counts
+        to = wide + self.bins
+        return (
+            torch.zeros_like(counts).scatter_add_(1, to, counts),
+            torch.zeros_like(distances).scatter_add_(1, to, distances),
+            torch.zeros_like(squares).scatter_add_(1, to, squares),
+        )
 
     def _known(self) -> torch.Tensor:
         if self.counts is None:
@@ -214,28 +312,6 @@ def not_calibrated() -> CalibrationError:
         wanted="calibration data that reach the layer",
         fix="run the model on calibration data while it is observed",
     )
-
-
-def _counted(rows: torch.Tensor, exponents: torch.Tensor, half: int) -> torch.Tensor:
-    """Return the counts of values [C, n] in the bins −half … half − 1."""
-    count = len(rows)
-    inverse = _powers(-exponents, torch.float32)[:, None]
-    offset = torch.arange(count, device=rows.device)[:, None] * 2 * half + half
-    counts = torch.zeros(count * 2 * half, dtype=torch.int64, device=rows.device)
-    for part in torch.split(rows, max(CHUNK // count, 1), dim=1):
-        index = (part * inverse).floor_().long().add_(offset)
-        counts += torch.bincount(index.flatten(), minlength=len(counts))
-    return counts.view(count, 2 * half)
-
-
-def _widened(counts: torch.Tensor, doublings: torch.Tensor) -> torch.Tensor:
-    """Return the counts in bins that are 2^doublings times as wide."""
-    if not bool(doublings.any()):
-        return counts
-    half = counts.shape[1] // 2
-    index = torch.arange(-half, half, device=counts.device)
-    index = index >> doublings.clamp_max(62)[:, None]
-    return torch.zeros_like(counts).scatter_add_(1, index + half, counts)
 
 
 def _powers(exponents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -74,7 +74,8 @@ def covering_step(
         return largest / q, torch.full_like(largest.amax(), q)
     levels = 2**bits - 1
     below, above = -low.amin(), high.amax()
-    share = below / (below + above).clamp_min(torch.finfo(low.dtype).tiny)
+    whole = below / 2 + above / 2  # halves: the sum may be beyond the type
+    share = below / 2 / whole.clamp_min(torch.finfo(low.dtype).tiny)
     zero = (levels * share).round().clamp(1, levels - 1)
     zero = torch.where(below > 0, zero, 0.0)
     return torch.maximum(high / (levels - zero), -low / zero.clamp_min(1)), zero

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 CHILD = "input_quantizer"
+LEAST = torch.finfo(torch.float32).tiny  # Δ
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -55,7 +56,8 @@ class ActivationQuantizer(nn.Module):
             a batch that share Δ.
 
     Attributes:
-        scale: Δ, float32, one or one per channel; a parameter.
+        scale: Δ, float32, one or one per channel; a parameter. Where training brings
+            it to 0 or below, :attr:`step` is used.
         bounds: lo and hi, int32 [2]; both 0 before calibration.
         min_code: lo.
         max_code: hi.
@@ -98,6 +100,12 @@ class ActivationQuantizer(nn.Module):
         """Whether it can quantize."""
         return self.observer is None and (self.dynamic or self.max_code > 0)
 
+    @property
+    def step(self) -> torch.Tensor:
+        """Δ as it is used: at least a small positive number; gradients pass."""
+        scale = self.scale.float()
+        return scale.detach().clamp_min(LEAST) + (scale - scale.detach())
+
     def freeze(self) -> None:
         """End observing: choose the range, and quantize from now on.
 
@@ -112,23 +120,30 @@ class ActivationQuantizer(nn.Module):
         """Take Δ and bounds from somewhere else, and quantize from now on.
 
         Raises:
-            OptionError: The quantizer is dynamic, or has fewer bits than that.
+            OptionError: The quantizer is dynamic, has fewer bits than that or is
+                symmetric; or a Δ is not positive and finite.
         """
         lo, hi = found.min_code, found.max_code
-        if self.dynamic or not (lo <= 0 < hi and hi - lo < 2**self.bits):
+        if not bool((found.scale.isfinite() & (found.scale > 0)).all()):
+            raise OptionError(
+                "a step of an activation quantizer is not positive and finite",
+                got=found.scale.flatten()[:8].tolist(),
+            )
+        if self.dynamic or not self._fits(lo, hi):
             raise OptionError(
                 "the range does not fit the quantizer",
                 got=f"codes {lo} … {hi}",
                 wanted="a dynamic one has none"
                 if self.dynamic
-                else f"0 and at most {2**self.bits} codes",
+                else f"0 and at most {2**self.bits} codes"
+                + (", as many on both sides" if self.symmetric else ""),
             )
         self._set_scale(found.scale.float().to(self.scale.device))
         self.bounds.copy_(torch.tensor([lo, hi]))
         self.min_code, self.max_code, self.observer = lo, hi, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` on the grid, in its own type.
+        """Return ``x`` on the grid, in its own type; in float16 at most its largest.
 
         Raises:
             CalibrationError: There is no range yet.
@@ -140,9 +155,14 @@ class ActivationQuantizer(nn.Module):
             return x
         exact = x if x.dtype in FLOATS else x.float()
         if self.channel is None:
-            return self._on_grid(exact).to(x.dtype)
-        rows = exact.movedim(self.channel, 0)
-        return self._on_grid(rows).movedim(0, self.channel).to(x.dtype)
+            found = self._on_grid(exact)
+        else:
+            rows = exact.movedim(self.channel, 0)
+            found = self._on_grid(rows).movedim(0, self.channel)
+        if x.dtype == torch.float16:  # half a step above the largest value may be ∞
+            limit = torch.finfo(x.dtype).max
+            found = found.clamp(-limit, limit)
+        return found.to(x.dtype)
 
     def _on_grid(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows``, the channels along their first dimension, on the grid."""
@@ -153,7 +173,7 @@ class ActivationQuantizer(nn.Module):
                 "an activation quantizer is used before it was calibrated",
                 fix="give it an observer, run calibration data, then call freeze()",
             )
-        scale = self.scale.float()
+        scale = self.step
         if self.learn:  # Δ itself, to the bit, with a smaller gradient
             share = len(rows) if self.channel is not None else 1
             n = rows.numel() / share
@@ -171,6 +191,11 @@ class ActivationQuantizer(nn.Module):
         step = covering_step(low, high, self.bits, symmetric=self.symmetric)[0]
         # Values that are NaN must not become zeros, which a step of NaN makes of all.
         return torch.where(step.isnan(), torch.inf, step)
+
+    def _fits(self, lo: int, hi: int) -> bool:
+        """Whether codes from lo to hi are some that it can have."""
+        even = lo == -hi or not self.symmetric
+        return lo <= 0 < hi and hi - lo < 2**self.bits and even
 
     def _set_scale(self, scale: torch.Tensor) -> None:
         self.scale = nn.Parameter(scale.detach().clone(), requires_grad=self.learn)
@@ -190,12 +215,21 @@ class ActivationQuantizer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
+        bounds: Any = state_dict.get(f"{prefix}bounds")
+        if bounds is not None and not self.dynamic and bounds.shape == (2,):
+            lo, hi = bounds.tolist()
+            if hi != 0 and not self._fits(lo, hi):
+                errors: list[str] = args[-1]
+                errors.append(f"{prefix}bounds: {lo} … {hi} are no {self.bits} bits")
+                return
         stored: Any = state_dict.get(f"{prefix}scale")
         wide = self.channel is not None and not self.dynamic
         if wide and stored is not None and stored.shape != self.scale.shape:
             self._set_scale(torch.ones_like(stored, device=self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.dynamic:
+            if self.scale.dtype != torch.float32:  # assign=True takes what is there
+                self._set_scale(self.scale.float())
             self.min_code, self.max_code = self.bounds.tolist()
             if self.max_code:
                 self.observer = None

@@ -85,6 +85,8 @@ class Capture(TorchFunctionMode):
         index: The weights to look for.
         caught: Called with the call and its result; what it returns replaces the
             result.
+        apart: Whether a call's input is an alias that nothing else uses, so that the
+            gradient of that is this call's alone; without a copy.
 
     Attributes:
         anchor: What results without a gradient are made to depend on.
@@ -98,9 +100,11 @@ class Capture(TorchFunctionMode):
         self,
         index: WeightIndex,
         caught: Callable[[Call, torch.Tensor], torch.Tensor],
+        *,
+        apart: bool = False,
     ) -> None:
         super().__init__()
-        self.index, self.caught = index, caught
+        self.index, self.caught, self.apart = index, caught, apart
         self.anchor = torch.zeros((), requires_grad=True)
         self.unsupported: dict[str, str] = {}
         self.irregular = False
@@ -119,6 +123,8 @@ class Capture(TorchFunctionMode):
                 return body(*args, **kwargs)
         reader = READERS.get(func) if torch.is_grad_enabled() else None
         call = None if reader is None else self._read(reader, args, kwargs)
+        if call is not None and self.apart:
+            args, kwargs = _with_alias(call, args, kwargs)
         out = func(*args, **kwargs)
         if call is None:
             self.irregular = self.irregular or _selects(func, args)
@@ -229,6 +235,20 @@ def capturing(model: nn.Module, capture: Capture) -> Iterator[Capture]:
         capture.index.forget()
         for handle in handles:
             handle.remove()
+
+
+def _with_alias(
+    call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a call an alias of its input; return its arguments with that."""
+    x = call.input
+    if x is None or not x.requires_grad:
+        return args, kwargs
+    alias = call.input = x.view_as(x)
+    return (
+        tuple(alias if value is x else value for value in args),
+        {name: alias if value is x else value for name, value in kwargs.items()},
+    )
 
 
 def _selects(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from fitcompress.sensitivity.moments import FisherMoments
 
-__all__ = ["estimate", "estimate_key", "measure_fisher"]
+__all__ = ["estimate", "estimate_key", "followed", "measure_fisher", "sampled"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,17 +160,25 @@ def estimate_key(
     split: Callable[[Any], tuple[Any, Any]],
 ) -> tuple[Iterator[Any], str]:
     """Return the loader's batches, and what must be equal to continue a checkpoint."""
-    batches, ahead = itertools.tee(loader)  # a generator must not lose its first batch
-    crc = 0
+    batches, crc = iter(loader), 0
     # What is in memory costs next to nothing to read; of the rest, the first batch.
-    known = None if isinstance(loader, (list, tuple)) else 1
-    for batch in itertools.islice(take(ahead, samples, split), known):
+    known: Iterable[Any] = loader
+    if not isinstance(loader, (list, tuple)):
+        known = first = list(itertools.islice(batches, 1))
+        batches = followed(first, batches)
+    for batch in take(known, samples, split):
         for tensor in tensors(batch):
             crc = digest(tensor, crc)
-    del ahead
     labels = "sampled" if loss_fn is None else getattr(loss_fn, "__qualname__", "data")
     weights = fingerprint(model, [])
     return batches, f"{weights}-{labels}-{seed}-{samples}-{crc:08x}"
+
+
+def followed(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    """Yield what is in ``first``, which then is let go of, and ``rest``."""
+    while first:
+        yield first.pop(0)
+    yield from rest
 
 
 def estimate(
@@ -199,7 +207,7 @@ def estimate(
             if number == resume and loss_fn is not None:
                 _warn_unless_mean(model, x, y, loss_fn)
             if number >= resume:
-                estimator.update(x, y, loss_fn or _sampled(x, seed, number))
+                estimator.update(x, y, loss_fn or sampled(x, seed, number))
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                     save_moments(checkpoint, estimator.moments, key)
                     saved = time.monotonic()
@@ -244,7 +252,7 @@ def _warn_unless_mean(
         )
 
 
-def _sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
+def sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
     """Return the loss with sampled labels for one batch.
 
     Seeded by batch, so that a resumed run draws the same labels.

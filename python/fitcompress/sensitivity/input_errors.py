@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fitcompress.data.batches import batch_size
+from fitcompress.data.batches import batch_size, part
 from fitcompress.errors import UnsupportedLayerError
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
@@ -15,10 +15,11 @@ from fitcompress.model.patches import layer_input
 from fitcompress.model.value_histogram import ValueHistogram
 from fitcompress.model.value_ranges import least_error
 from fitcompress.progress import Bar
+from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -26,7 +27,71 @@ if TYPE_CHECKING:
     from fitcompress.model import Layer
     from fitcompress.sensitivity.moments import FisherMoments
 
-__all__ = ["input_distortion", "input_histograms"]
+__all__ = ["check_inputs", "input_distortion", "input_histograms"]
+
+
+def check_inputs(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    x: Any,
+    y: Any,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+) -> None:
+    """Raise unless the inputs of layers can be quantized, as two samples show.
+
+    Layers that these do not reach are passed over.
+
+    Args:
+        model: The network.
+        layers: The layers to look at.
+        x: Inputs of a batch.
+        y: Its targets.
+        loss_fn: As for ``FisherEstimator.update``.
+
+    Raises:
+        UnsupportedLayerError: A layer is used as a function of its weight, which no
+            quantizer sees, or its input has no trace.
+    """
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    estimator = FisherEstimator(model, layers, activations=True)
+    handles = [x.module.register_forward_pre_hook(note(x.name)) for x in layers]
+    two = slice(0, min(2, batch_size(x)))
+    try:
+        with evaluating(model), threads(FIXED):
+            estimator.update(part(x, two), part(y, two), loss_fn)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        if layer.one_hot or layer.name not in estimator.moments.trace:
+            continue
+        if layer.name not in estimator.moments.activations:
+            raise no_trace(layer.name)
+        if layer.name not in called:
+            raise not_called(layer.name)
+
+
+def no_trace(name: str) -> UnsupportedLayerError:
+    """Return the error for an input whose gradient says nothing."""
+    return UnsupportedLayerError(
+        f"the gradient of the input of layer {name!r} was not measured",
+        got="an input that all samples share, or without gradient",
+        fix="measure without activation_bits",
+    )
+
+
+def not_called(name: str) -> UnsupportedLayerError:
+    """Return the error for a layer whose module is passed by."""
+    return UnsupportedLayerError(
+        f"the input of layer {name!r} cannot be quantized",
+        got="a weight that the model uses without a call of its module",
+        wanted="calls of the module, which a quantizer can attach to",
+        fix="call the module in forward, or measure without activation_bits",
+    )
 
 
 def input_histograms(
@@ -89,7 +154,8 @@ def input_distortion(
         Embeddings, whose inputs are indices, have 0 throughout.
 
     Raises:
-        UnsupportedLayerError: The trace of an input was not measured.
+        UnsupportedLayerError: The trace of an input was not measured, or the module of
+            a layer was not called.
     """
     distortion = np.zeros((len(layers), 1 + len(bits)))
     trace = np.zeros(len(layers))
@@ -97,11 +163,9 @@ def input_distortion(
         if layer.name not in histograms:
             continue
         if layer.name not in moments.activations:
-            raise UnsupportedLayerError(
-                f"the gradient of the input of layer {layer.name!r} was not measured",
-                got="an input that all samples share, or without gradient",
-                fix="measure without activation_bits",
-            )
+            raise no_trace(layer.name)
+        if histograms[layer.name].counts is None:
+            raise not_called(layer.name)
         trace[row] = moments.mean_activation(layer.name)
         histogram = histograms[layer.name]
         count = int(histogram.total.sum())

@@ -53,13 +53,15 @@ def steps_from(squares: float, count: int) -> tuple[float, ...]:
 
     The coarsest is four times the root mean square of all weights: nearly every weight
     rounds to zero. One ladder for all layers, since one step in all of them is close to
-    the best for a budget in bytes.
+    the best for a budget in bytes. All are normal numbers of float32.
 
     Args:
         squares: Σ w² over all layers.
         count: Their number of weights.
     """
+    limits, octaves = torch.finfo(torch.float32), 2**OCTAVES
     coarsest = COARSEST * ((squares / count) ** 0.5 or 1.0)
+    coarsest = min(max(coarsest, 2 * octaves * limits.tiny), limits.max)
     return tuple(
         float(torch.tensor(coarsest * 2 ** (-OCTAVES * (1 - i / (STEPS - 1)))))
         for i in range(STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,13 @@ from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments
-from fitcompress.sensitivity.estimate import estimate, estimate_key
+from fitcompress.sensitivity.estimate import estimate, estimate_key, followed, sampled
 from fitcompress.sensitivity.fisher import FisherEstimator
-from fitcompress.sensitivity.input_errors import input_distortion, input_histograms
+from fitcompress.sensitivity.input_errors import (
+    check_inputs,
+    input_distortion,
+    input_histograms,
+)
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
     check_levels,
@@ -47,7 +52,7 @@ def measure(
     samples: int | None = 512,
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    activation_bits: Sequence[int] = (),
+    activation_bits: int | Iterable[int] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -72,9 +77,10 @@ def measure(
             steps.
         sparsities: Shares of the network's weights that masks drop, rising, from 0; the
             smallest |θ| go first, which costs far less than dropping the lowest F θ².
-        activation_bits: Bits that the inputs of layers may have, falling, such as
+        activation_bits: Bits that inputs of layers may have, one or falling, such as
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
-            the network's input, and forward passes.
+            the network's input, and forward passes over the data, which are read a
+            second time; what can be read only once, as a generator, is kept in memory.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Seeds the sampled labels.
         progress: Show a bar with the time left.
@@ -89,7 +95,8 @@ def measure(
         CalibrationError: The loss has no gradient or does not depend on a layer.
         DataError: A batch, or the output of the model for sampled labels, does not
             serve.
-        UnsupportedLayerError: A layer mixes the samples of a batch.
+        UnsupportedLayerError: A layer mixes the samples of a batch; or its input cannot
+            be quantized, with activation_bits, as the first batch shows.
         OptionError: Grids, sparsities or activation bits are out of order.
         OutputError: The checkpoint cannot be written.
     """
@@ -98,21 +105,32 @@ def measure(
     if checkpoint is not None:
         check_writable(checkpoint)
     chosen = tuple(grids) if grids is not None else default_grids(layers)
-    check_levels(chosen, sparsities, activation_bits)
+    bits = (
+        (activation_bits,)
+        if isinstance(activation_bits, int)
+        else tuple(activation_bits)
+    )
+    check_levels(chosen, sparsities, bits)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
-    batches, ahead, again = itertools.tee(batches, 3)
-    macs = count_macs(model, next(take(ahead, samples))[0][:1])
-    del ahead
+    first = list(itertools.islice(batches, 1))
+    x, y = next(take(first, samples))
+    macs = count_macs(model, x[:1])
+    batches = followed(first, batches)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
-    key += f"-{names:08x}" + ("-inputs" if activation_bits else "")
-    if not activation_bits:
-        del again
+    key += f"-{names:08x}" + ("-inputs" if bits else "")
+    known = _saved(checkpoint, key)
+    if bits and known is None:
+        check_inputs(model, layers, x, y, loss_fn or sampled(x[:2], seed, 0))
+    del x, y
+    again: Iterable[Any] = loader
+    if bits and isinstance(loader, Iterator):  # cannot be read twice
+        batches, again = itertools.tee(batches)
     moments = estimate(
         FisherEstimator(
             model,
             layers,
-            activations=bool(activation_bits),
-            moments=_saved(checkpoint, key),
+            activations=bool(bits),
+            moments=known,
         ),
         take(batches, samples),
         loss_fn,
@@ -123,12 +141,12 @@ def measure(
         progress=progress,
     )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
-    if activation_bits:
+    if bits:
         histograms = input_histograms(
             model, layers, take(again, samples), samples=samples, progress=progress
         )
-        hurt, trace = input_distortion(layers, moments, histograms, activation_bits)
-        table["activation_bits"] = (None, *activation_bits)
+        hurt, trace = input_distortion(layers, moments, histograms, bits)
+        table["activation_bits"] = (None, *bits)
         table["activation_distortion"], table["activation_trace"] = hurt, trace
     sensitivity = Sensitivity(
         names=tuple(layer.name for layer in layers),

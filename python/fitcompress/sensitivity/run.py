@@ -64,7 +64,8 @@ class Run:
         capture: Catches the calls.
         norms: Weight → ‖G_i‖², float64 [B].
         forms: Weight → the form of these.
-        activations: Weight → Σ_i ‖∂ℓ_i/∂x_i‖².
+        activations: Weight → Σ_i ‖∂ℓ_i/∂x_i‖², where x_i is the input of that weight
+            alone: what a tensor changes by way of others that use it is theirs.
         irregular: Whether a call's input is not what the probe has seen, so that the
             samples may be anywhere in it.
     """
@@ -78,7 +79,7 @@ class Run:
         *,
         activations: bool = False,
     ) -> None:
-        self.capture = Capture(index, self._caught)
+        self.capture = Capture(index, self._caught, apart=activations)
         self.norms: dict[Weight, torch.Tensor] = {}
         self.forms: dict[Weight, str] = {}
         self.activations: dict[Weight, torch.Tensor] = {}
@@ -151,7 +152,7 @@ class Run:
         )
 
     def _watch(self, call: Call, layout: Layout) -> None:
-        """Sum up the squares of the gradient of a call's input."""
+        """Sum up the squares of the gradient of a call's input, through this call."""
         assert call.input is not None
         weight = call.part.weight
 

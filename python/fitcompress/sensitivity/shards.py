@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,16 @@ from fitcompress.errors import FormatError
 if TYPE_CHECKING:
     import os
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["ShardTensor", "Shards"]
 
 INDEX = "model.safetensors.index.json"
+OURS = {
+    "fitcompress.sensitivity": "a sensitivity",
+    "fitcompress-fisher": "Fisher moments",
+    "fitcompress.shards": "the checkpoint of a measurement",
+}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -56,10 +64,12 @@ class Shards:
 
     Args:
         path: A ``.safetensors`` file, a folder with some, or the ``.index.json`` that
-            names them. A folder's own index comes before its files.
+            names them. A folder's own index comes before its files. Of a folder
+            without one, files that this package wrote are no part.
 
     Attributes:
         tensors: Name → where it is, sorted by name.
+        files: The files that hold them.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
@@ -79,10 +89,13 @@ class Shards:
             files = sorted({path.parent / file for file in expected.values()})
         else:
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if path.is_dir():
+            files = [file for file in files if _written_by_us(file) is None]
         if not files:
             raise FormatError(f"{path} has no tensors", wanted=".safetensors files")
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.tensors: dict[str, ShardTensor] = {}
+        self.files = tuple(files)
         for file in files:
             self._list(file)
         self.tensors = dict(sorted(self.tensors.items()))
@@ -99,13 +112,7 @@ class Shards:
         Raises:
             FormatError: The file is damaged, or the tensor of another type.
         """
-        found = self.tensors[name]
-        if found.dtype not in DTYPES:
-            raise FormatError(
-                f"{name} in {found.path} has another type",
-                got=found.dtype,
-                wanted=", ".join(DTYPES),
-            )
+        found = self.readable(name)
         self.reserve(found.bytes)
         data = self._buffer[: found.bytes]
         left = memoryview(cast("bytearray", data.numpy()))
@@ -122,6 +129,22 @@ class Shards:
             raise FormatError(f"{found.path} ends within {name}")
         return data.view(DTYPES[found.dtype]).view(found.shape)
 
+    def readable(self, name: str) -> ShardTensor:
+        """Return where a tensor is that can be read.
+
+        Raises:
+            KeyError: There is none of that name.
+            FormatError: It is of another type.
+        """
+        found = self.tensors[name]
+        if found.dtype not in DTYPES:
+            raise FormatError(
+                f"{name} in {found.path} has another type",
+                got=found.dtype,
+                wanted=", ".join(DTYPES),
+            )
+        return found
+
     def reserve(self, size: int) -> None:
         """Make room for tensors of up to ``size`` bytes."""
         if len(self._buffer) < size:
@@ -132,6 +155,8 @@ class Shards:
         try:
             starts = _starts(path)
             with safetensors.safe_open(path, framework="pt") as file:
+                if (ours := _kind(file.metadata())) is not None:
+                    raise FormatError(f"{path} holds no tensors of a model", got=ours)
                 for name in sorted(file.keys()):
                     if name in self.tensors:
                         raise FormatError(
@@ -160,6 +185,26 @@ class Shards:
                 )
 
 
+def _kind(metadata: dict[str, str] | None) -> str | None:
+    """Return what a file that this package wrote is; None of any other."""
+    found = metadata or {}
+    if found.get("format") == "fitcompress":
+        return "a packed model"
+    return next((OURS[key] for key in found if key in OURS), None)
+
+
+def _written_by_us(path: Path) -> str | None:
+    """Return what this package wrote to ``path``, or None; damage is found later."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            kind = _kind(file.metadata())
+    except (safetensors.SafetensorError, OSError):
+        return None
+    if kind is not None:
+        logger.info("%s is %s, and no part of the model", path, kind)
+    return kind
+
+
 def _starts(path: Path) -> dict[str, int]:
     """Return where the bytes of every tensor begin; safetensors checks the header."""
     with path.open("rb") as file:
@@ -174,7 +219,14 @@ def _starts(path: Path) -> dict[str, int]:
             for name, about in known.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ):
         return {}
 
 
@@ -183,11 +235,18 @@ def _read_index(path: Path) -> dict[str, str]:
         names = json.loads(path.read_bytes())["weight_map"]
         if not all(isinstance(file, str) for file in names.values()):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise FormatError(
             f"{path} is no index", wanted="weight_map: tensor → file"
         ) from error
     for file in names.values():
-        if Path(file).name != file:
-            raise FormatError(f"{path} names a file elsewhere", got=file)
+        if Path(file).name != file or "\0" in file:
+            raise FormatError(f"{path} names a file elsewhere", got=repr(file))
     return dict(names)

@@ -8,21 +8,20 @@ import zlib
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 
 from fitcompress import ops
+from fitcompress.data.batches import digest
 from fitcompress.errors import (
-    FormatError,
     NoCompressibleLayerError,
     NonFiniteError,
     OptionError,
 )
-from fitcompress.files import check_writable, write_atomically
+from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
@@ -32,7 +31,7 @@ from fitcompress.sensitivity.levels import (
     steps_from,
     sum_of_squares,
 )
-from fitcompress.sensitivity.moments import FisherMoments
+from fitcompress.sensitivity.shard_fisher import SUFFIX, ShardFisher, layer_name
 from fitcompress.sensitivity.shards import Shards, ShardTensor
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
@@ -41,12 +40,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    import torch
+
+    from fitcompress.sensitivity.moments import FisherMoments
+
 __all__ = ["measure_shards"]
 
 logger = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
-SUFFIX = ".weight"
 
 
 def measure_shards(
@@ -55,8 +57,8 @@ def measure_shards(
     fisher: Mapping[str, float] | FisherMoments | str | os.PathLike[str] | None = None,
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = ("*embed*",),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = ("*embed*",),
     smallest: int = 1024,
     macs: Mapping[str, int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -76,8 +78,8 @@ def measure_shards(
             F = 1, so distortion is half the squared error, and is no loss in nats.
         grids: As for `measure`.
         sparsities: As for `measure`.
-        include: Shell patterns; a layer must match one.
-        exclude: Shell patterns; a layer must match none.
+        include: Shell pattern, or several; a layer must match one.
+        exclude: Shell pattern, or several; a layer must match none.
         smallest: Least number of weights of a layer.
         macs: Layer → multiply-accumulates of one sample. None: one position each, rows
             × columns, which ranks convolutions wrongly.
@@ -91,55 +93,59 @@ def measure_shards(
         FileNotFoundError: There is nothing at ``path``.
         FormatError: A file is damaged, or does not fit the index or the weights.
         NoCompressibleLayerError: Nothing is left to compress.
-        NonFiniteError: A weight is NaN or infinite.
-        OptionError: Levels are out of order, or a layer has no Fisher or no MACs.
+        NonFiniteError: A weight or its Fisher information is NaN or infinite, or its
+            distortion would be.
+        OptionError: Levels are out of order, a layer has no Fisher or no MACs or
+            negative ones, or the checkpoint is one of the files.
         OutputError: The checkpoint cannot be written.
     """
     if checkpoint is not None:
         check_writable(checkpoint)
     shards = Shards(path)
+    if checkpoint is not None:
+        check_no_input(checkpoint, shards.files)
     layers = _choose(shards, include, exclude, smallest)
-    known = (
-        fisher
-        if fisher is None or hasattr(fisher, "keys") or hasattr(fisher, "diagonal")
-        else Shards(fisher)
-    )
+    known = ShardFisher(fisher)
+    known.check(layers)
     counts = _macs(layers, macs)
+    sparsities = tuple(sparsities)
+    chosen = tuple(grids) if grids is not None else ()
+    check_levels(chosen or grids_from(()), sparsities)
     shards.reserve(max(layer.bytes for layer in layers))
     with Bar("measure: magnitudes", len(layers), enabled=progress) as bar:
-        histograms, squares = [], 0.0
+        histograms, squares, check = [], 0.0, 0
         for layer in layers:
             weight = shards.read(layer.name)
             histograms.append(_histogram(layer, weight))
             squares += sum_of_squares(weight)
+            if checkpoint is not None:
+                check = digest(weight, check)
             del weight
             bar.advance()
     sizes = [layer.size for layer in layers]
-    chosen = tuple(grids) if grids is not None else None
     chosen = chosen or grids_from(steps_from(squares, sum(sizes)))
-    check_levels(chosen, sparsities)
     shares = histogram_sparsities(histograms, sparsities)
-    key = _key(layers, histograms, chosen, shares, fisher)
     del histograms
     columns = TableColumns(chosen)
     traces: list[float] = []
     if checkpoint is not None:
+        key = _key(layers, check, chosen, shares, known)
         traces = _resume(checkpoint, key, columns)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         bar.advance(len(traces))
         for layer, share in list(zip(layers, shares, strict=True))[len(traces) :]:
-            information, trace = _information(layer, known)
+            information, trace = known.of(layer)
             matrix = shards.read(layer.name).flatten(1)
-            columns.add(matrix, information, share)
+            _tabulate(columns, layer, matrix, information, share)
             del matrix, information
             traces.append(trace)
             if checkpoint is not None:
                 _save(checkpoint, key, columns, traces)
             bar.advance()
-    moments = known if isinstance(known, FisherMoments) else None
-    names = [_layer_name(layer) for layer in layers]
+    moments = known.moments
+    names = [layer_name(layer) for layer in layers]
     everything = sum(tensor.size for tensor in shards.tensors.values())
     skipped = Counter(t.dtype for t in shards.tensors.values() if t.dtype not in FLOATS)
     sensitivity = Sensitivity(
@@ -157,7 +163,7 @@ def measure_shards(
         loss=0.0 if moments is None else moments.loss / moments.samples,
         provenance={
             "labels": "unknown",
-            "fisher": "none" if known is None else type(known).__name__,
+            "fisher": known.kind,
             "macs": "one position" if macs is None else "given",
             "skipped_dtypes": dict(skipped),
         },
@@ -168,13 +174,14 @@ def measure_shards(
     return sensitivity
 
 
-def _layer_name(tensor: ShardTensor) -> str:
-    return tensor.name.removesuffix(SUFFIX)
-
-
 def _choose(
-    shards: Shards, include: Sequence[str], exclude: Sequence[str], smallest: int
+    shards: Shards,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    smallest: int,
 ) -> list[ShardTensor]:
+    include = (include,) if isinstance(include, str) else include
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     chosen = [
         tensor
         for tensor in shards.tensors.values()
@@ -182,8 +189,8 @@ def _choose(
         and tensor.dtype in FLOATS
         and 2 <= len(tensor.shape) <= 5
         and tensor.size >= max(smallest, 1)
-        and any(fnmatchcase(_layer_name(tensor), p) for p in include)
-        and not any(fnmatchcase(_layer_name(tensor), p) for p in exclude)
+        and any(fnmatchcase(layer_name(tensor), p) for p in include)
+        and not any(fnmatchcase(layer_name(tensor), p) for p in exclude)
     ]
     if not chosen:
         raise NoCompressibleLayerError(
@@ -198,10 +205,17 @@ def _choose(
 def _macs(layers: list[ShardTensor], macs: Mapping[str, int] | None) -> list[int]:
     if macs is None:
         return [layer.size for layer in layers]
-    missing = [n for n in map(_layer_name, layers) if n not in macs]
-    if missing:
-        raise OptionError("a layer has no MACs", got=missing[0])
-    return [macs[_layer_name(layer)] for layer in layers]
+    names = [layer_name(layer) for layer in layers]
+    for name in names:
+        if name not in macs:
+            raise OptionError("a layer has no MACs", got=name)
+        if not 0 <= macs[name] < 2**63 or macs[name] != int(macs[name]):
+            raise OptionError(
+                f"the MACs of {name} are no count",
+                got=macs[name],
+                wanted="a whole number ≥ 0",
+            )
+    return [int(macs[name]) for name in names]
 
 
 def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,53 +225,30 @@ def _histogram(layer: ShardTensor, weight: torch.Tensor) -> torch.Tensor:
         raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
 
 
-def _information(
-    layer: ShardTensor, known: Any
-) -> tuple[torch.Tensor | float | None, float]:
-    """Return the diagonal or trace of a layer for its table, and its trace."""
-    name, rows = _layer_name(layer), layer.shape[0]
-    if known is None:
-        return None, float(layer.size)
+def _tabulate(
+    columns: TableColumns,
+    layer: ShardTensor,
+    matrix: torch.Tensor,
+    information: torch.Tensor | float | None,
+    share: Sequence[float],
+) -> None:
     try:
-        if isinstance(known, FisherMoments):
-            trace = known.mean_trace(name)
-            if name not in known.squares:
-                return trace, trace
-            return known.diagonal(name).view(rows, -1), trace
-        if not isinstance(known, Shards):
-            return float(known[name]), float(known[name])
-        diagonal = known.read(layer.name)
-    except KeyError as error:
-        raise OptionError("a layer has no Fisher information", got=name) from error
-    if tuple(diagonal.shape) != layer.shape:
-        raise FormatError(
-            f"the diagonal of {name} has another shape",
-            got=tuple(diagonal.shape),
-            wanted=layer.shape,
-        )
-    diagonal = diagonal.reshape(rows, -1).float()
-    return diagonal, float(diagonal.sum(dtype=torch.float64))
+        columns.add(matrix, information, share)
+    except (OverflowError, ValueError) as error:
+        raise NonFiniteError(f"{layer.name} in {layer.path}: {error}") from error
 
 
 def _key(
     layers: list[ShardTensor],
-    histograms: list[torch.Tensor],
+    weights: int,
     grids: Sequence[Grid],
     shares: list[list[float]],
-    fisher: Any,
+    known: ShardFisher,
 ) -> str:
     """Return what a checkpoint must have in common with this call."""
-    given = fisher
-    if isinstance(fisher, FisherMoments):
-        given = zlib.crc32(fisher.to_bytes({}))
-    elif hasattr(fisher, "items"):
-        given = sorted(fisher.items())
-    check = zlib.crc32(repr([(t.name, t.shape, t.dtype) for t in layers]).encode())
-    for histogram in histograms:
-        check = zlib.crc32(histogram.indices().numpy().tobytes(), check)
-        check = zlib.crc32(histogram.values().numpy().tobytes(), check)
-    check = zlib.crc32(repr((list(grids), shares, str(given))).encode(), check)
-    return f"{check:08x}"
+    about = [(t.name, t.shape, t.dtype) for t in layers]
+    described = repr((about, weights, list(grids), shares, known.key()))
+    return f"{zlib.crc32(described.encode()):08x}"
 
 
 def _save(
@@ -265,7 +256,9 @@ def _save(
 ) -> None:
     arrays = columns.stack() | {"fisher_trace": np.array(traces)}
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    saved = safetensors.numpy.save(arrays, {"shards": json.dumps({"key": key})})
+    saved = safetensors.numpy.save(
+        arrays, {"fitcompress.shards": json.dumps({"key": key})}
+    )
     write_atomically(path, saved)
 
 
@@ -276,7 +269,7 @@ def _resume(
         return []
     try:
         with safetensors.safe_open(Path(path), framework="np") as file:
-            saved = json.loads((file.metadata() or {})["shards"])
+            saved = json.loads((file.metadata() or {})["fitcompress.shards"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         traces = [float(t) for t in arrays.pop("fisher_trace")]
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:

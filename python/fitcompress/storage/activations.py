@@ -48,7 +48,7 @@ class StoredActivation:
         kind: A key of ``FLAGS``.
         per_channel: Whether every channel has a Δ.
         bounds: lo and hi; both 0 of a dynamic one.
-        scale: Δ, float32; empty of a dynamic one.
+        scale: Δ > 0, float32; empty of a dynamic one.
     """
 
     name: str
@@ -64,6 +64,8 @@ def stored_activations(model: nn.Module) -> list[StoredActivation]:
 
     Raises:
         CalibrationError: One is not calibrated.
+        OptionError: One has a step for every entry of a dimension that is not the
+            channels', which the file could not say.
     """
     found = []
     for name, quantizer in activations(model):
@@ -72,11 +74,12 @@ def stored_activations(model: nn.Module) -> list[StoredActivation]:
                 f"the input quantizer of {name!r} is not calibrated",
                 fix="run calibration data and call freeze(), or detach it",
             )
+        _check_channel(name, model.get_submodule(name), quantizer)
         flags = (quantizer.dynamic, quantizer.symmetric)
         kind = next(key for key, value in FLAGS.items() if value == flags)
         scale = torch.empty(0)
         if not quantizer.dynamic:
-            scale = quantizer.scale.detach().float()
+            scale = quantizer.step.detach()
         bounds = (quantizer.min_code, quantizer.max_code)
         wide = quantizer.channel is not None
         found.append(StoredActivation(name, quantizer.bits, kind, wide, bounds, scale))
@@ -170,6 +173,26 @@ def activation_keys(model: nn.Module) -> set[str]:
         for name, quantizer in activations(model, every_name=True)
         for key in quantizer.state_dict()
     }
+
+
+def _check_channel(
+    name: str, module: nn.Module, quantizer: ActivationQuantizer
+) -> None:
+    """Raise unless the steps of a quantizer are one, or one per channel of its layer.
+
+    Raises:
+        OptionError: They are along another dimension.
+    """
+    usual = channel_of(module)
+    # Counted from the front, in a batch, only convolutions have one place for channels.
+    known = {None, usual} if isinstance(module, nn.Linear) else {None, usual, 1}
+    if quantizer.channel not in known:
+        raise OptionError(
+            f"the input quantizer of {name!r} has steps along another dimension",
+            got=f"channel={quantizer.channel}",
+            wanted=f"None or {usual}",
+            fix="give channel_of(module) as the channel",
+        )
 
 
 def _possible(row: Any) -> bool:

@@ -88,8 +88,9 @@ def packed_bytes(model: nn.Module) -> bytes:
 
     Raises:
         PlanMismatchError: The model is not compressed.
-        NonFiniteError: A weight is NaN or infinite.
+        NonFiniteError: A weight or a step is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
+        OptionError: It has steps along another dimension than the channels'.
     """
     plan = plan_of(model)
     check_finite(model)
@@ -126,8 +127,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         BudgetExceededError: The file would exceed the plan's budget; nothing is
             written.
         PlanMismatchError: The model is not compressed.
-        NonFiniteError: A weight is NaN or infinite.
+        NonFiniteError: A weight or a step is NaN or infinite.
         CalibrationError: The quantizer of an activation is not calibrated.
+        OptionError: It has steps along another dimension than the channels'.
         OutputError: The file cannot be written.
     """
     check_writable(path)
@@ -204,7 +206,8 @@ def load(
         model: A model of the same architecture; its weights do not matter.
         trainable: Put the weights back on their grids, to go on fine-tuning and to save
             again; zeros of a layer with a mask stay zero. Otherwise plain modules with
-            dense weights, fast to run. Activations are quantized either way.
+            dense weights, fast to run. Activations are quantized either way, and
+            their steps can be trained, whether ``learn`` was set or not.
 
     Returns:
         ``model``, in eval mode.

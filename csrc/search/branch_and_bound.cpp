@@ -14,6 +14,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kRounding = 1e-13;  // of a value; what is not better by more is rounding
+constexpr std::int64_t kFirstNodes = 40;
 constexpr int kMostPlansAtRoot = 300;
 constexpr int kMostPlansInNode = 40;
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 30;  // of open nodes
@@ -39,19 +40,59 @@ struct Cut {
 
 class BranchAndBound {
  public:
-  BranchAndBound(const ReducedKnapsack& problem, double gap, std::int64_t most_nodes, Watch* watch)
-      : problem_(problem), gap_(gap), most_nodes_(most_nodes), watch_(*watch) {}
+  // best: the value to beat; ∞: none.
+  BranchAndBound(const ReducedKnapsack& problem, double gap, double best, std::int64_t most_nodes,
+                 Watch* watch)
+      : problem_(problem), gap_(gap), most_nodes_(most_nodes), watch_(*watch) {
+    incumbent_.value = best;
+  }
 
   KnapsackResult run() {
     begin();
+    return visit_nodes(most_nodes_);
+  }
+
+  // As run(), without the layers that the root decides: passes over all levels are what a node
+  // takes. A few nodes first, for a better plan to decide them by.
+  KnapsackResult run_on_rest() {
+    const Relaxed root = begin();
+    const KnapsackResult first = visit_nodes(std::min(kFirstNodes, most_nodes_));
+    if (nodes_ < kFirstNodes || watch_.stopped() || incumbent_.value == kInfinity) return first;
+    Rest rest = undecided(useful(problem_.levels, root, Cut{}, true));
+    const auto layers = static_cast<std::int32_t>(rest.layer.size());
+    const bool small = layers > 0 && 2 * layers <= problem_.levels.layers();
+    // If the decided layers alone are too dear, no better plan is left; a few nodes will show it.
+    if (!small || !rest.problem.within({})) return visit_nodes(most_nodes_);
+    const double fixed = rest.problem.fixed_value;
+    BranchAndBound search(rest.problem, gap_, incumbent_.value - fixed, most_nodes_, &watch_);
+    KnapsackResult result = search.run();
+    // Without a better plan there, the one known is the best.
+    if (result.status == KnapsackStatus::kInfeasible) result.status = KnapsackStatus::kSolved;
+    result.bound = std::min(result.bound + fixed, incumbent_.value);
+    result.nodes += nodes_;
+    if (result.choice.empty()) {
+      result.choice = incumbent_.choice;
+    } else {
+      for (std::size_t i = 0; i < rest.layer.size(); ++i) {
+        const auto level = at(result.choice[i]);
+        rest.decided[rest.layer[i]] = rest.problem.levels.origin[level];
+      }
+      result.choice = std::move(rest.decided);
+    }
+    return result;
+  }
+
+ private:
+  KnapsackResult visit_nodes(std::int64_t most) {
     double proven = kInfinity;
     while (!open_.empty()) {
       const bool dive = incumbent_.value == kInfinity;
+      if (nodes_ == most) return result(KnapsackStatus::kStopped, lowest());
       const Node node = take(dive);
       // While diving, the lowest bound is somewhere among the open nodes.
-      proven = dive ? lowest(node) : node.bound;
+      proven = dive ? std::min(lowest(), node.bound) : node.bound;
       if (!dive && node.bound >= target()) break;
-      if (nodes_ == most_nodes_ || watch_.says_stop(incumbent_.value, proven) || out_of_memory()) {
+      if (watch_.says_stop(incumbent_.value, proven) || out_of_memory()) {
         return result(KnapsackStatus::kStopped, proven);
       }
       ++nodes_;
@@ -61,21 +102,62 @@ class BranchAndBound {
     return result(KnapsackStatus::kSolved, open_.empty() ? target() : std::max(proven, target()));
   }
 
- private:
   static std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
   double target() const {
     if (incumbent_.value == kInfinity) return kOutOfReach;
-    const double size = std::abs(incumbent_.value);
+    const double size = std::abs(incumbent_.value + problem_.fixed_value);
     return incumbent_.value - std::max(gap_, kRounding) * size;
   }
 
-  void begin() {
+  Relaxed begin() {
     const LevelLists& all = problem_.levels;
     const Relaxed relaxed = maximise_bound(all, {PerBudget{}}, kOutOfReach, 1e-7, kMostPlansAtRoot);
-    if (relaxed.bound >= kOutOfReach) return;
+    if (relaxed.bound >= kOutOfReach) return relaxed;
     repair_at_root(relaxed);
     open_.push_back(Node{relaxed.bound, 0, starts(relaxed), useful(all, relaxed, Cut{}, true)});
+    return relaxed;
+  }
+
+  // The layers that have a choice, as a problem of their own.
+  struct Rest {
+    ReducedKnapsack problem;
+    std::vector<std::size_t> layer;  // of each of its lists
+    LevelChoice decided;             // all others have their level
+  };
+
+  Rest undecided(const LevelSet& levels) const {
+    const LevelLists& all = problem_.levels;
+    Rest rest{
+        {true, {}, problem_.limit, {}, problem_.scale, 0.0}, {}, LevelChoice(at(all.layers()))};
+    LevelLists& lists = rest.problem.levels;
+    lists.budgets = all.budgets;
+    for (std::int32_t l = 0; l < all.layers(); ++l) {
+      const std::int32_t before = lists.size();
+      for (std::int32_t k = all.begin[at(l)]; k < all.begin[at(l) + 1]; ++k) {
+        if (levels.contains(k)) lists.add(all, k);
+      }
+      if (lists.size() > before + 1) {
+        rest.layer.push_back(at(l));
+        lists.end_layer();
+        continue;
+      }
+      // Decided: off the budgets, and off the list again.
+      const std::int32_t level = lists.origin.back();
+      rest.decided[at(l)] = level;
+      rest.problem.fixed_value += all.value[at(level)];
+      for (std::size_t m = 0; m < at(all.budgets); ++m) {
+        rest.problem.limit[m] -= all.cost[m][at(level)];
+      }
+      lists.pop();
+    }
+    for (std::size_t m = 0; m < at(all.budgets); ++m) {
+      const double limit = static_cast<double>(std::max<std::int64_t>(rest.problem.limit[m], 1));
+      for (std::size_t k = 0; k < lists.share[m].size(); ++k) {
+        lists.share[m][k] = static_cast<double>(lists.cost[m][k]) / limit;
+      }
+    }
+    return rest;
   }
 
   // Looks at levels of small reduced cost only, for speed and since those are the good ones.
@@ -127,8 +209,8 @@ class BranchAndBound {
     return node;
   }
 
-  double lowest(const Node& taken) const {
-    double bound = taken.bound;
+  double lowest() const {
+    double bound = kInfinity;
     for (const Node& node : open_) bound = std::min(bound, node.bound);
     return bound;
   }
@@ -275,7 +357,8 @@ class BranchAndBound {
 
 KnapsackResult branch_and_bound(const ReducedKnapsack& problem, double gap, std::int64_t most_nodes,
                                 Watch* watch) {
-  return BranchAndBound(problem, gap, most_nodes, watch).run();
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  return BranchAndBound(problem, gap, kNone, most_nodes, watch).run_on_rest();
 }
 
 }  // namespace fitcompress

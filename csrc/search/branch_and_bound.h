@@ -13,8 +13,8 @@
 
 namespace fitcompress {
 
-// As `knapsack`, with any number of budgets; stopped after `most_nodes`. `choice` holds indices into
-// the lists.
+// As `knapsack`, with any number of budgets; stopped after `most_nodes`. `choice` holds indices
+// into the lists.
 KnapsackResult branch_and_bound(const ReducedKnapsack& problem, double gap, std::int64_t most_nodes,
                                 Watch* watch);
 

@@ -4,8 +4,8 @@
 //
 // Costs are integers, so that a plan is within its budgets or not; values are float64. Everything
 // below `knapsack` works on LevelLists: dominated levels dropped, layers in an order that does not
-// depend on the caller's. One budget: single_budget.h, proven optimal. Several: branch_and_bound.h,
-// proven to a gap.
+// depend on the caller's. Solved by branch_and_bound.h; with one budget, where that takes too many
+// nodes, by single_budget.h.
 #pragma once
 
 #include <cstdint>

@@ -198,6 +198,15 @@ void LevelLists::add(const LevelLists& from, std::int32_t level) {
   }
 }
 
+void LevelLists::pop() {
+  value.pop_back();
+  origin.pop_back();
+  for (std::size_t m = 0; m < static_cast<std::size_t>(budgets); ++m) {
+    cost[m].pop_back();
+    share[m].pop_back();
+  }
+}
+
 ReducedKnapsack reduce(const KnapsackTables& tables) {
   const Usable found = usable(tables);
   if (!found.feasible) return {false, {}, {}, {}, 1.0};

@@ -26,6 +26,7 @@ struct LevelLists {
   std::int32_t size() const { return static_cast<std::int32_t>(value.size()); }
   void clear();
   void add(const LevelLists& from, std::int32_t level);  // origin: `level`
+  void pop();                                            // the last one added
   void end_layer() { begin.push_back(size()); }
 
   // value + Σ_m μ_m share_m of a level.
@@ -49,6 +50,7 @@ struct ReducedKnapsack {
   std::array<std::int64_t, kMostBudgets> limit;
   std::vector<std::int32_t> layer;  // the caller's layer of every list; origin: its level
   double scale;                     // a power of two; values times this sum up to 2 at most
+  double fixed_value = 0.0;         // of layers that have been decided and are no longer listed
 
   bool within(const std::array<std::int64_t, kMostBudgets>& total) const {
     for (std::int32_t m = 0; m < levels.budgets; ++m) {

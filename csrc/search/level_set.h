@@ -16,6 +16,10 @@ class LevelSet {
     words_[static_cast<std::size_t>(level) / 64] |= std::uint64_t{1} << (level % 64);
   }
 
+  bool contains(std::int32_t level) const {
+    return (words_[static_cast<std::size_t>(level) / 64] >> (level % 64) & 1) != 0;
+  }
+
   // The lists without all other levels; origin: the level there. Returns whether all layers have
   // one left.
   bool select(const LevelLists& from, LevelLists* lists) const {

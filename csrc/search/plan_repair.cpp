@@ -101,7 +101,7 @@ class Repair {
     for (std::size_t m = 0; m < budgets(); ++m) {
       if (total[m] <= problem_.limit[m]) continue;
       sum += static_cast<double>(total[m] - problem_.limit[m]) /
-             static_cast<double>(problem_.limit[m]);
+             static_cast<double>(std::max<std::int64_t>(problem_.limit[m], 1));
     }
     return sum;
   }

@@ -28,9 +28,9 @@ SEVERAL = 1e-4
 class Optimal(Objective):
     """Solve the multiple-choice knapsack, whatever the budgets and rules.
 
-    minimise Σ_l w_l D_l(k_l) subject to every bound, exactly in integers, by dynamic
-    programming for one bound and branch and bound for several. Milliseconds for
-    thousands of layers; the plan carries status, bound and gap.
+    minimise Σ_l w_l D_l(k_l) subject to every bound, exactly in integers, by branch and
+    bound: milliseconds for hundreds of layers. The plan carries status, bound and
+    gap.
 
     Attributes:
         gap: Relative gap to stop at. None: 0 for one bound, 1e-4 for several.

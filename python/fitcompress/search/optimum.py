@@ -59,11 +59,12 @@ def solve(
 
     minimise Σ_l value[l, k_l] subject to Σ_l cost[m, l, k_l] ≤ limits[m] for every m.
 
-    Costs are integers, so limits are kept exactly. One limit that binds: dynamic
-    programming, from the linear relaxation outwards (after Pisinger, EJOR 83, 1995).
-    Several: branch and bound on Lagrangian bounds. The answer depends neither on the
-    order of the layers nor on threads; among equally good ones, which it is is fixed.
-    Ctrl-C ends the search with the best choice so far.
+    Costs are integers, so limits are kept exactly. Branch and bound on Lagrangian
+    bounds, the best multipliers found by Dantzig and Wolfe's decomposition; with one
+    limit, where that takes too many nodes, dynamic programming from the linear
+    relaxation outwards (after Pisinger, EJOR 83, 1995). The answer depends neither on
+    the order of the layers nor on threads; among equally good ones, which it is is
+    fixed. Ctrl-C ends the search with the best choice so far.
 
     Args:
         cost: Integers ≥ 0, [M, L, K], M from 1 to 3; sums below 2⁶¹.

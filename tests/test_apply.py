@@ -146,6 +146,15 @@ def test_bit_operations_bound_no_file(net, loader) -> None:
     assert {x.grid.family for x in plan.levels.values()} == {"bits"}
 
 
+def test_bytes_and_bit_operations_at_once(net, loader) -> None:
+    budget = fc.Budget(size=1600, bops="20%")
+    small = fc.compress(net, loader, budget, progress=False)
+    plan = plan_of(small)
+    assert plan.limit_bytes == 1600
+    assert len(packed_bytes(small)) <= 1600
+    assert {x.grid.family for x in plan.levels.values()} == {"bits"}
+
+
 def test_a_compressed_model_can_be_compressed_further(net, loader) -> None:
     once = fc.compress(net, loader, fc.Budget(size=1400), progress=False)
     before = packed_bytes(once)

@@ -118,7 +118,7 @@ def highs(cost, value, limits, gap):
 
 
 @pytest.mark.parametrize("budgets", [1, 2])
-@pytest.mark.parametrize(("layers", "seed"), [(20, 0), (20, 1), (60, 2), (200, 3)])
+@pytest.mark.parametrize(("layers", "seed"), [(20, 0), (60, 2), (200, 3), (600, 4)])
 def test_never_worse_than_a_milp_solver(layers, seed, budgets):
     cost, value = network_like(layers, seed, budgets)
     limits = limits_at(cost, [0.1, 0.08][:budgets])
@@ -132,6 +132,38 @@ def test_never_worse_than_a_milp_solver(layers, seed, budgets):
     assert ours.objective >= bound * (1 - 1e-5)
     assert ours.bound <= ours.objective
     assert ours.gap <= max(gap, 1e-9)
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_of_layers_that_only_share_the_budget(seed, budgets):
+    """Many layers, whose best plans by brute force are put together by hand."""
+    rng = np.random.default_rng(seed)
+    block = 6
+    cost = rng.integers(1, 6, (budgets, block, 4))
+    value = rng.integers(0, 40, (block, 4)).astype(float)
+    copies = 4 if budgets == 3 else 12
+    many = np.tile(cost, (1, copies, 1))
+    limits = [int(1.1 * c.min(1).sum()) * copies + 3 for c in cost]
+    # All sums of costs are small: a table of the best value for every sum is exact.
+    tops = [limit + 1 for limit in limits]
+    best = np.full(tops, np.inf)
+    best[(0,) * budgets] = 0.0
+    for layer in range(block * copies):
+        after = np.full(tops, np.inf)
+        for level in range(4):
+            step = many[:, layer, level]
+            source = tuple(slice(0, top - s) for top, s in zip(tops, step, strict=True))
+            target = tuple(slice(s, None) for s in step)
+            moved = best[source] + value[layer % block, level]
+            after[target] = np.minimum(after[target], moved)
+        best = after
+    found = solve(many, np.tile(value, (copies, 1)), limits)
+    if np.isinf(best.min()):
+        assert found.status == "INFEASIBLE"
+    else:
+        assert found.status == "OPTIMAL"
+        assert found.objective == best.min()
 
 
 @pytest.mark.parametrize("budgets", [1, 2])

@@ -3,9 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
 
 namespace fitcompress {
 namespace {
+
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 using Totals = std::array<std::int64_t, kMostBudgets>;
 
@@ -19,43 +24,26 @@ class Repair {
     }
   }
 
-  // Returns whether the plan is within the budgets now.
+  // Changes of the least price for what they take off the overdraft, until there is none. Returns
+  // whether the plan is within the budgets now.
   bool shrink() {
     double overdraft = over(total_);
-    while (overdraft > 0.0) {
-      Change best;
-      double least = std::numeric_limits<double>::infinity(), after = overdraft;
-      for_each_change([&](const Change& change) {
-        const double left = over(total_after(change));
-        if (left >= overdraft) return;
-        const double rate = std::max(priced(change), 0.0) / (overdraft - left);
-        if (rate >= least) return;
-        least = rate;
-        best = change;
-        after = left;
-      });
-      if (best.layer < 0) return false;
-      apply(best);
-      overdraft = after;
-    }
-    return true;
+    const auto rate = [&](const Change& change) {
+      const double left = over(total_after(change));
+      return left < overdraft ? std::max(priced(change), 0.0) / (overdraft - left) : kNever;
+    };
+    make_changes(rate, [&] { return (overdraft = over(total_)) > 0.0; });
+    return !(overdraft > 0.0);
   }
 
+  // Changes that draw the least on the budgets for what they gain, while there are any.
   void grow() {
-    for (;;) {
-      Change best;
-      double most = 0.0;
-      for_each_change([&](const Change& change) {
-        const double gain = value(choice_[at(change.layer)]) - value(change.level);
-        if (!(gain > 0.0) || !problem_.within(total_after(change))) return;
-        const double rate = gain / (1e-9 + charge(change));
-        if (rate <= most) return;
-        most = rate;
-        best = change;
-      });
-      if (best.layer < 0) return;
-      apply(best);
-    }
+    const auto rate = [&](const Change& change) {
+      const double gain = value(choice_[at(change.layer)]) - value(change.level);
+      if (!(gain > 0.0) || !problem_.within(total_after(change))) return kNever;
+      return (1e-9 + charge(change)) / gain;
+    };
+    make_changes(rate, [] { return true; });
   }
 
   void offer(Incumbent* incumbent) const {
@@ -71,19 +59,57 @@ class Repair {
   struct Change {
     std::int32_t layer = -1;
     std::int32_t level = 0;
+    double rate = kNever;
   };
 
   static std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
   std::size_t budgets() const { return static_cast<std::size_t>(lists_.budgets); }
   double value(std::int32_t level) const { return lists_.value[at(level)]; }
 
-  template <class Body>
-  void for_each_change(const Body& body) const {
-    for (std::int32_t l = 0; l < lists_.layers(); ++l) {
-      for (std::int32_t k = lists_.begin[at(l)]; k < lists_.begin[at(l) + 1]; ++k) {
-        if (k != choice_[at(l)]) body(Change{l, k});
+  static bool is_worse(const Change& a, const Change& b) {
+    return a.rate != b.rate ? a.rate > b.rate : a.layer > b.layer;
+  }
+
+  template <class Rate>
+  Change best_change(std::int32_t layer, const Rate& rate) const {
+    Change best;
+    for (std::int32_t k = lists_.begin[at(layer)]; k < lists_.begin[at(layer) + 1]; ++k) {
+      Change change{layer, k};
+      if (k == choice_[at(layer)]) continue;
+      change.rate = rate(change);
+      if (change.rate < best.rate) best = change;
+    }
+    return best;
+  }
+
+  // The change of the least rate first, as long as `more`. Rates mostly rise with the changes that
+  // are made, so that a layer is looked at anew when its last known rate is the least one; where
+  // they fall, the next pass over all layers sees it.
+  template <class Rate, class More>
+  void make_changes(const Rate& rate, const More& more) {
+    for (bool changed = true; changed && more();) {
+      changed = false;
+      heap_.clear();
+      for (std::int32_t l = 0; l < lists_.layers(); ++l) push(best_change(l, rate));
+      while (!heap_.empty() && more()) {
+        std::pop_heap(heap_.begin(), heap_.end(), is_worse);
+        const std::int32_t layer = heap_.back().layer;
+        heap_.pop_back();
+        const Change now = best_change(layer, rate);
+        if (now.rate < kNever && (heap_.empty() || !is_worse(now, heap_.front()))) {
+          total_ = total_after(now);
+          choice_[at(layer)] = now.level;
+          changed = true;
+        }
+        push(now);
       }
     }
+  }
+
+  void push(const Change& change) {
+    if (!(change.rate < kNever)) return;
+    heap_.push_back(change);
+    std::push_heap(heap_.begin(), heap_.end(), is_worse);
   }
 
   Totals total_after(const Change& change) const {
@@ -121,16 +147,12 @@ class Repair {
     return sum;
   }
 
-  void apply(const Change& change) {
-    total_ = total_after(change);
-    choice_[at(change.layer)] = change.level;
-  }
-
   const ReducedKnapsack& problem_;
   const LevelLists& lists_;
   const PerBudget& multipliers_;
   LevelChoice choice_;
   Totals total_{};
+  std::vector<Change> heap_;
 };
 
 }  // namespace

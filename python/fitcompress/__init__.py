@@ -15,6 +15,7 @@ from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.moments import FisherMoments
+from fitcompress.sensitivity.moving_metric import MovingMetric
 from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.storage.save_load import load, save
@@ -27,6 +28,7 @@ __all__ = [
     "FisherMoments",
     "Grid",
     "Level",
+    "MovingMetric",
     "Plan",
     "Rule",
     "Sensitivity",

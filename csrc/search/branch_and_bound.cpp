@@ -45,6 +45,7 @@ class BranchAndBound {
                  Watch* watch)
       : problem_(problem), gap_(gap), most_nodes_(most_nodes), watch_(*watch) {
     incumbent_.value = best;
+    incumbent_.size = std::abs(best);
   }
 
   KnapsackResult run() {
@@ -57,7 +58,8 @@ class BranchAndBound {
   KnapsackResult run_on_rest() {
     const Relaxed root = begin();
     const KnapsackResult first = visit_nodes(std::min(kFirstNodes, most_nodes_));
-    if (nodes_ < kFirstNodes || watch_.stopped() || incumbent_.value == kInfinity) return first;
+    if (nodes_ < kFirstNodes || watch_.stopped()) return first;
+    if (incumbent_.value == kInfinity || root.bound >= target()) return visit_nodes(most_nodes_);
     Rest rest = undecided(useful(problem_.levels, root, Cut{}, true));
     const auto layers = static_cast<std::int32_t>(rest.layer.size());
     const bool small = layers > 0 && 2 * layers <= problem_.levels.layers();
@@ -66,9 +68,7 @@ class BranchAndBound {
     const double fixed = rest.problem.fixed_value;
     BranchAndBound search(rest.problem, gap_, incumbent_.value - fixed, most_nodes_, &watch_);
     KnapsackResult result = search.run();
-    // Without a better plan there, the one known is the best.
-    if (result.status == KnapsackStatus::kInfeasible) result.status = KnapsackStatus::kSolved;
-    result.bound = std::min(result.bound + fixed, incumbent_.value);
+    result.bound = std::min({result.bound + fixed, dropped_, incumbent_.value});
     result.nodes += nodes_;
     if (result.choice.empty()) {
       result.choice = incumbent_.choice;
@@ -84,30 +84,34 @@ class BranchAndBound {
 
  private:
   KnapsackResult visit_nodes(std::int64_t most) {
-    double proven = kInfinity;
     while (!open_.empty()) {
       const bool dive = incumbent_.value == kInfinity;
       if (nodes_ == most) return result(KnapsackStatus::kStopped, lowest());
       const Node node = take(dive);
       // While diving, the lowest bound is somewhere among the open nodes.
-      proven = dive ? std::min(lowest(), node.bound) : node.bound;
-      if (!dive && node.bound >= target()) break;
-      if (watch_.says_stop(incumbent_.value, proven) || out_of_memory()) {
+      const double proven = dive ? std::min(lowest(), node.bound) : node.bound;
+      if (!dive && node.bound >= target()) {
+        dropped_ = std::min(dropped_, node.bound);  // and all others are no better
+        break;
+      }
+      const double fixed = problem_.fixed_value;
+      if (watch_.says_stop(incumbent_.value + fixed, std::min(proven, dropped_) + fixed) ||
+          out_of_memory()) {
         return result(KnapsackStatus::kStopped, proven);
       }
       ++nodes_;
       visit(node);
     }
     if (incumbent_.value == kInfinity) return result(KnapsackStatus::kInfeasible, kInfinity);
-    return result(KnapsackStatus::kSolved, open_.empty() ? target() : std::max(proven, target()));
+    return result(KnapsackStatus::kSolved, kInfinity);
   }
 
   static std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
   double target() const {
     if (incumbent_.value == kInfinity) return kOutOfReach;
-    const double size = std::abs(incumbent_.value + problem_.fixed_value);
-    return incumbent_.value - std::max(gap_, kRounding) * size;
+    const double total = std::abs(incumbent_.value + problem_.fixed_value);
+    return incumbent_.value - std::max(gap_ * total, kRounding * std::max(total, incumbent_.size));
   }
 
   Relaxed begin() {
@@ -226,7 +230,10 @@ class BranchAndBound {
     const double room = target();
     Relaxed relaxed = maximise_bound(lists, node.start, room, 1e-9, kMostPlansInNode);
     relaxed.bound = std::max(relaxed.bound, node.bound);
-    if (relaxed.bound >= room) return;
+    if (relaxed.bound >= room) {
+      dropped_ = std::min(dropped_, relaxed.bound);
+      return;
+    }
     const bool none = incumbent_.value == kInfinity;
     std::vector<LevelChoice> mixed;
     PricedPlan plan;
@@ -241,6 +248,8 @@ class BranchAndBound {
       repair_plan(problem_, lists, only, relaxed.multipliers, &incumbent_);
     } else if (relaxed.bound < target()) {
       branch(lists, relaxed, choose_cut(lists, relaxed, mixed));
+    } else {
+      dropped_ = std::min(dropped_, relaxed.bound);
     }
     if (none && incumbent_.value < kInfinity) {
       std::make_heap(open_.begin(), open_.end(), comes_later);
@@ -296,16 +305,21 @@ class BranchAndBound {
 
   // The levels of one side that may be in a plan below the target, as a set of the problem's.
   LevelSet useful(const LevelLists& lists, const Relaxed& relaxed, const Cut& cut,
-                  bool first_side) const {
+                  bool first_side) {
     const bool whole = &lists == &problem_.levels;
     LevelSet set(problem_.levels.size());
     LevelChoice best(at(lists.layers()));
     PricedPlan plan;
-    const double room = target() - best_plan(lists, relaxed.multipliers, &plan, &best);
+    const double bound = best_plan(lists, relaxed.multipliers, &plan, &best);
+    const double room = target() - bound;
     for (std::int32_t l = 0; l < lists.layers(); ++l) {
       const double least = lists.priced(best[at(l)], relaxed.multipliers);
       for (std::int32_t k = lists.begin[at(l)]; k < lists.begin[at(l) + 1]; ++k) {
-        if (lists.priced(k, relaxed.multipliers) - least >= room) continue;
+        const double more = lists.priced(k, relaxed.multipliers) - least;
+        if (more >= room) {
+          dropped_ = std::min(dropped_, bound + more);
+          continue;
+        }
         if (l == cut.layer) {
           const bool first =
               cut.level >= 0 ? k < cut.level : lists.share[cut.budget][at(k)] <= cut.share;
@@ -338,7 +352,7 @@ class BranchAndBound {
     KnapsackResult result;
     result.status = status;
     result.choice = incumbent_.choice;
-    result.bound = std::min(bound, incumbent_.value);
+    result.bound = std::min({bound, dropped_, incumbent_.value});
     result.nodes = nodes_;
     return result;
   }
@@ -348,7 +362,8 @@ class BranchAndBound {
   const std::int64_t most_nodes_;
   Watch& watch_;
   Incumbent incumbent_;
-  std::vector<Node> open_;  // a heap once a plan is known
+  std::vector<Node> open_;      // a heap once a plan is known
+  double dropped_ = kInfinity;  // no plan that was left out is better
   std::int64_t created_ = 0;
   std::int64_t nodes_ = 0;
 };

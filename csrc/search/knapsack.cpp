@@ -21,7 +21,7 @@ constexpr std::int64_t kMostNodes = 2000;
 KnapsackResult knapsack(const KnapsackTables& tables, const KnapsackOptions& options) {
   tables.check();
   Watch watch(options);
-  const ReducedKnapsack problem = reduce(tables);
+  const ReducedKnapsack problem = reduce(tables, &watch);
   if (!problem.feasible) return {};
   watch.set_scale(problem.scale);
   // So that the gap that is reported, with its own rounding, is no larger.

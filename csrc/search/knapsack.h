@@ -39,7 +39,7 @@ struct KnapsackTables {
 };
 
 // Called every few hundredths of a second with the best value so far (∞: none) and a lower bound of
-// all values; false ends the search.
+// all values (−∞: none); false ends the search.
 using KnapsackProgress = std::function<bool(double best, double bound)>;
 
 struct KnapsackOptions {

@@ -90,15 +90,15 @@ py::dict solve(const py::array& any_cost, const py::array& any_value, const py::
   bool interrupted = false;
   const auto report = [&](double best, double bound) {
     const py::gil_scoped_acquire locked;
-    if (PyErr_CheckSignals() != 0) {
-      // Ctrl-C ends the search with the best so far; whatever else a handler raises goes on.
-      if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) == 0) throw py::error_already_set();
-      PyErr_Clear();
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!progress.is_none()) progress(best, bound);
+    } catch (const py::error_already_set& error) {
+      // Ctrl-C ends the search with the best so far; whatever else is raised goes on.
+      if (!error.matches(PyExc_KeyboardInterrupt)) throw;
       interrupted = true;
-      return false;
     }
-    if (!progress.is_none()) progress(best, bound);
-    return true;
+    return !interrupted;
   };
   const KnapsackOptions options{gap, seconds, report};
   KnapsackResult result;

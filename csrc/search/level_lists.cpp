@@ -50,14 +50,17 @@ struct CostRange {
   }
 };
 
-// Drops levels that do not fit even beside the cheapest ones of all other layers, until all do.
+constexpr int kMostPasses = 8;  // over all levels; what a further one drops is little
+
+// Drops levels that do not fit even beside the cheapest ones of all other layers.
 Usable usable(const KnapsackTables& tables) {
   Usable found{{}, {}, false};
   const std::size_t cells = tables.at(tables.layers - 1, tables.levels - 1) + 1;
   for (std::size_t i = 0; i < cells; ++i) {
     found.level.push_back(std::isfinite(tables.value[i]) ? 1 : 0);
   }
-  for (bool changed = true; changed;) {
+  bool changed = true;
+  for (int pass = 0; changed && pass < kMostPasses; ++pass) {
     changed = false;
     const CostRange range(tables, found.level);
     if (range.empty) return found;
@@ -79,7 +82,7 @@ Usable usable(const KnapsackTables& tables) {
       }
     }
   }
-  found.feasible = true;
+  found.feasible = !changed || !CostRange(tables, found.level).empty;
   return found;
 }
 
@@ -102,9 +105,11 @@ struct Candidate {
   }
 };
 
-// Levels that no other beats, by falling value.
+// Levels that no other beats, by falling value; with several budgets all pairs are looked at, as
+// long as there is time.
 std::vector<Candidate> undominated(const KnapsackTables& tables, const Usable& found,
-                                   std::int32_t layer) {
+                                   std::int32_t layer, Watch* watch) {
+  constexpr double kUnknown = std::numeric_limits<double>::infinity();
   std::vector<Candidate> all, kept;
   for (std::int32_t k = 0; k < tables.levels; ++k) {
     if (found.level[tables.at(layer, k)] == 0) continue;
@@ -118,7 +123,9 @@ std::vector<Candidate> undominated(const KnapsackTables& tables, const Usable& f
             [](const Candidate& a, const Candidate& b) { return a.comes_before(b); });
   const bool chain = found.budgets.size() <= 1;  // then the last one kept is the cheapest
   for (const Candidate& candidate : all) {
-    const auto first = chain && !kept.empty() ? kept.end() - 1 : kept.begin();
+    const bool look = !chain && kept.size() % 64 == 63;
+    const bool late = look ? watch->says_stop(kUnknown, -kUnknown) : !chain && watch->stopped();
+    const auto first = (late || chain) && !kept.empty() ? kept.end() - 1 : kept.begin();
     const bool beaten = std::any_of(first, kept.end(), [&](const Candidate& better) {
       return better.costs_no_more_than(candidate);
     });
@@ -135,11 +142,11 @@ bool lists_in_order(const std::vector<Candidate>& a, const std::vector<Candidate
       });
 }
 
-ReducedKnapsack assemble(const KnapsackTables& tables, const Usable& found) {
+ReducedKnapsack assemble(const KnapsackTables& tables, const Usable& found, Watch* watch) {
   ReducedKnapsack problem{true, {}, {}, {}, 1.0};
   std::vector<std::vector<Candidate>> lists;
   for (std::int32_t l = 0; l < tables.layers; ++l) {
-    lists.push_back(undominated(tables, found, l));
+    lists.push_back(undominated(tables, found, l, watch));
   }
   problem.layer.resize(lists.size());
   std::iota(problem.layer.begin(), problem.layer.end(), 0);
@@ -173,7 +180,8 @@ ReducedKnapsack assemble(const KnapsackTables& tables, const Usable& found) {
     }
     sum += largest;
   }
-  if (sum > 0.0) problem.scale = std::ldexp(1.0, -std::ilogb(sum));
+  // Of denormal numbers the inverse would be infinite.
+  if (sum > 0.0) problem.scale = std::ldexp(1.0, std::min(1000, -std::ilogb(sum)));
   for (double& value : levels.value) value *= problem.scale;
   return problem;
 }
@@ -207,16 +215,16 @@ void LevelLists::pop() {
   }
 }
 
-ReducedKnapsack reduce(const KnapsackTables& tables) {
+ReducedKnapsack reduce(const KnapsackTables& tables, Watch* watch) {
   const Usable found = usable(tables);
   if (!found.feasible) return {false, {}, {}, {}, 1.0};
-  return assemble(tables, found);
+  return assemble(tables, found, watch);
 }
 
 ReducedKnapsack undominated_levels(const KnapsackTables& tables) {
   Usable found = usable(tables);
   found.budgets = {0};
-  return assemble(tables, found);
+  return assemble(tables, found, nullptr);  // one budget takes no time
 }
 
 void KnapsackTables::check() const {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "search/knapsack.h"
+#include "search/watch.h"
 
 namespace fitcompress {
 
@@ -63,7 +64,7 @@ struct ReducedKnapsack {
 // Drops levels that fit into no plan, budgets that every plan keeps, and levels that another one of
 // the layer beats in all respects; of equal ones the first stays. Layers are sorted by their
 // levels.
-ReducedKnapsack reduce(const KnapsackTables& tables);
+ReducedKnapsack reduce(const KnapsackTables& tables, Watch* watch);
 
 // Of one budget, whatever its limit: drops only levels that another one beats.
 ReducedKnapsack undominated_levels(const KnapsackTables& tables);

@@ -47,10 +47,14 @@ class Repair {
   }
 
   void offer(Incumbent* incumbent) const {
-    double sum = 0.0;
-    for (const std::int32_t level : choice_) sum += value(level);
+    double sum = 0.0, size = 0.0;
+    for (const std::int32_t level : choice_) {
+      sum += value(level);
+      size += std::abs(value(level));
+    }
     if (sum >= incumbent->value) return;
     incumbent->value = sum;
+    incumbent->size = size;
     incumbent->choice.clear();
     for (const std::int32_t level : choice_) incumbent->choice.push_back(lists_.origin[at(level)]);
   }

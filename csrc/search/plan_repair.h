@@ -10,6 +10,7 @@ namespace fitcompress {
 // The best plan known; indices into the lists of the whole problem.
 struct Incumbent {
   double value = std::numeric_limits<double>::infinity();
+  double size = 0.0;  // sum of the magnitudes of its values
   LevelChoice choice;
 };
 

@@ -43,15 +43,10 @@ class SingleBudget {
   KnapsackResult run(const LevelChoice& known) {
     KnapsackResult result;
     find_break_plan();
-    if (split_ < edges_.size()) {
-      best_choice_ = break_;
-      improve_by_one_change();
-      compare_with(known);
-      add_layers();
-    } else {
-      best_choice_ = break_;  // the best level everywhere fits
-      bound_ = 0.0;
-    }
+    best_choice_ = break_;
+    improve_by_one_change();
+    compare_with(known);
+    add_layers();
     const bool solved = !watch_.stopped() && dropped_ >= target();
     const double proven =
         watch_.stopped() ? bound_ : std::max(bound_, std::min(dropped_, target()));
@@ -80,7 +75,7 @@ class SingleBudget {
   // Partial plans that cannot get below this are of no use. Values are relative to the break plan.
   double target() const {
     const double total = std::abs(base_ + best_);
-    return best_ - std::max(gap_ * total, kRounding * total);
+    return best_ - std::max(gap_ * total, kRounding * std::max(total, size_));
   }
 
   // value + μ·cost of a change to the break plan; at least 0, but for rounding.
@@ -102,9 +97,11 @@ class SingleBudget {
       total += edge.cost;
       break_[static_cast<std::size_t>(edge.layer)] = edge.to;
     }
-    for (const std::int32_t level : break_) base_ += value(level);
+    for (const std::int32_t level : break_) {
+      base_ += value(level);
+      size_ += std::abs(value(level));
+    }
     room_ = limit_ - total;
-    if (split_ == edges_.size()) return;
     rate_ = edges_[split_].rate;
     bound_ = -rate_ * static_cast<double>(room_);
   }
@@ -260,7 +257,8 @@ class SingleBudget {
     dropped_ = std::min(dropped_, cut);
     std::size_t kept = 0;
     for (std::size_t i = 0; i < plans->size(); ++i) {
-      if (bounds[i] < cut) (*plans)[kept++] = (*plans)[i];
+      const bool tie = bounds[i] == cut && kept < most;
+      if (bounds[i] < cut || tie) (*plans)[kept++] = (*plans)[i];
     }
     plans->resize(kept);
   }
@@ -273,6 +271,7 @@ class SingleBudget {
   std::size_t split_ = 0;  // the first edge that does not fit
   LevelChoice break_;
   double base_ = 0.0;      // value of the break plan, to which all others are relative
+  double size_ = 0.0;      // sum of the magnitudes of its values
   std::int64_t room_ = 0;  // that it leaves
   double rate_ = 0.0;      // of the edge that does not fit: the multiplier
   double bound_ = 0.0;

@@ -57,7 +57,7 @@ class Objective:
         power = self.fisher_power
         power = (0.0 if only_steps else 1.0) if power is None else power
         overall = float(table.fisher_trace.sum() / table.sizes.sum())
-        floor = max(overall, float(np.finfo(float).tiny)) * 1e-9
+        floor = max(overall, 1e-200) * 1e-9
         relative = np.maximum(table.fisher_trace / table.sizes, floor) / max(
             overall, floor
         )

@@ -100,11 +100,13 @@ def solve(
     choice = answer["choice"]
     if not len(choice):
         return Solution(
-            choice, math.inf, answer["bound"], math.inf, "UNKNOWN", stopped, 0
+            choice, math.inf, answer["bound"], math.inf, "UNKNOWN", stopped, answer["nodes"]
         )
     objective = math.fsum(values[np.arange(len(choice)), choice])
     bound = min(answer["bound"], objective)
-    gap = (objective - bound) / abs(objective) if objective > bound else 0.0
+    short = objective - bound
+    rounding = ROUNDING * float(np.abs(values[np.arange(len(choice)), choice]).sum())
+    gap = 0.0 if short <= rounding else short / abs(objective) if objective else math.inf
     return Solution(
         choice=choice,
         objective=objective,

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ import search_instances
 import search_peers
 
 SCRIPT = Path(search_peers.__file__).with_name("search.py")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Some solvers leave the default handler behind, which ends the process."""
+    yield
+    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
 
 
 def made(name):

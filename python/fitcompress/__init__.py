@@ -10,6 +10,7 @@ from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
 from fitcompress.quantize import remove
+from fitcompress.refinement import Refinement, refine
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
@@ -30,6 +31,7 @@ __all__ = [
     "Level",
     "MovingMetric",
     "Plan",
+    "Refinement",
     "Rule",
     "Sensitivity",
     "__version__",
@@ -44,6 +46,7 @@ __all__ = [
     "methods",
     "ops",
     "pareto",
+    "refine",
     "remove",
     "report",
     "save",

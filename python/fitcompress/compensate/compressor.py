@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import statistics
 import zlib
@@ -21,9 +20,9 @@ from fitcompress.compensate.activations import (
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.lockstep import Lockstep
-from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
+from fitcompress.compensate.rounding import rounded
 from fitcompress.compensate.size_fit import Pace, entropy_bits, fit
 from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
@@ -32,6 +31,7 @@ from fitcompress.data.batches import digest
 from fitcompress.errors import CalibrationError
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
+from fitcompress.model.copies import copy_of
 from fitcompress.model.costs import overhead_bytes
 from fitcompress.progress import Bar
 from fitcompress.quantize import (
@@ -41,7 +41,6 @@ from fitcompress.quantize import (
     fold_norms_,
     remove,
     round_leftovers_,
-    row_scales,
 )
 from fitcompress.sensitivity.table import Grid
 from fitcompress.threads import FIXED, threads
@@ -154,11 +153,11 @@ class Compressor:
         if checkpoint is not None:
             check_writable(checkpoint)
         # It may be compressed already.
-        self.model = remove(_copy(model), activations=True).eval()
+        self.model = remove(copy_of(model), activations=True).eval()
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
-        self._folded = _copy(self.model)
+        self._folded = copy_of(self.model)
         fold_norms_(self._folded)
         round_leftovers_(self._folded, [layer.weight for layer in self.layers])
         self.calibration: Calibration | None = None
@@ -183,7 +182,7 @@ class Compressor:
             pace: Gives each layer's factor, and is told the bytes of its codes.
             pilot: On a few samples and by the plain sweep, to learn the size.
         """
-        small = _copy(self._folded)
+        small = copy_of(self._folded)
         levels: dict[str, Level] = {}
         with Bar(
             f"apply: {pace.label}", len(self.layers), enabled=self.progress
@@ -194,7 +193,7 @@ class Compressor:
                         self.plan.levels[layer.name], pace.factor(layer.name)
                     )
                     levels[layer.name] = level
-                    made = self._rounded(layer, level)
+                    made = rounded(layer, level)
                     self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
@@ -264,7 +263,7 @@ class Compressor:
     ) -> Quantized:
         """Compensate one layer, given its inputs in both networks."""
         if layer.one_hot:  # H is diagonal: nothing can make up for an error
-            return self._rounded(layer, level)
+            return rounded(layer, level)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
@@ -306,7 +305,7 @@ class Compressor:
         """Return the bits that the coder needs for codes that were merely rounded."""
         levels = self.plan.levels
         return 8.0 * sum(
-            _coded_bytes(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
+            _coded_bytes(rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 
@@ -314,31 +313,9 @@ class Compressor:
         """Return the bits of all codes by their entropy if they were merely rounded."""
         levels = self.plan.levels
         return sum(
-            entropy_bits(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
+            entropy_bits(rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
-
-    def _rounded(self, layer: Layer, level: Level) -> Quantized:
-        """Round one layer to the nearest codes."""
-        matrix = layer.matrix()
-        scale, q = row_scales(matrix, level)
-        scale = scale.to(matrix.device)
-        safe = torch.where(scale > 0, scale, torch.inf).reshape(-1, 1)
-        codes = (matrix / safe).round()
-        codes = codes.clamp(-q, q) if q else codes
-        mask = magnitude_mask(matrix, level.sparsity)
-        codes = codes if mask is None else codes * mask
-        return Quantized(codes.int(), scale, mask, None, None, 0.0, float("nan"))
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """Copy a model that shares the weights of the layers, which nobody changes."""
-    weights: dict[int, nn.Parameter] = {}
-    for layer in compressible_layers(model):
-        weight = layer.module._parameters.get("weight")
-        if weight is not None:  # not one on a grid
-            weights[id(weight)] = weight
-    return copy.deepcopy(model, dict(weights))
 
 
 def scaled(level: Level, factor: float) -> Level:

@@ -99,14 +99,16 @@ def solve(
             stopped = "time"
     choice = answer["choice"]
     if not len(choice):
+        nodes = answer["nodes"]
         return Solution(
-            choice, math.inf, answer["bound"], math.inf, "UNKNOWN", stopped, answer["nodes"]
+            choice, math.inf, answer["bound"], math.inf, "UNKNOWN", stopped, nodes
         )
-    objective = math.fsum(values[np.arange(len(choice)), choice])
+    chosen = values[np.arange(len(choice)), choice]
+    objective = math.fsum(chosen)
     bound = min(answer["bound"], objective)
-    short = objective - bound
-    rounding = ROUNDING * float(np.abs(values[np.arange(len(choice)), choice]).sum())
-    gap = 0.0 if short <= rounding else short / abs(objective) if objective else math.inf
+    gap = 0.0
+    if objective - bound > ROUNDING * float(np.abs(chosen).sum()):
+        gap = (objective - bound) / abs(objective) if objective else math.inf
     return Solution(
         choice=choice,
         objective=objective,

@@ -1,0 +1,44 @@
+"""How far outputs of a changed network are from those of the dense one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fitcompress.sensitivity.labels import logits_of
+from fitcompress.train.evaluation import check_logits
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    import torch
+
+__all__ = ["log_probabilities", "softened_divergence"]
+
+
+def log_probabilities(output: Any, temperature: float) -> torch.Tensor:
+    """Return log softmax(z / τ) of a model's output, float64 [rows, classes].
+
+    Raises:
+        DataError: The output holds no logits.
+    """
+    logits = check_logits(logits_of(output)).double()
+    return (logits / temperature).log_softmax(-1).flatten(0, -2)
+
+
+def softened_divergence(
+    dense: torch.Tensor, changed: torch.Tensor, temperature: float
+) -> float:
+    """Return τ² Σ_rows KL(p ‖ q), in nats.
+
+    At τ = 1 this is the rise of the loss. Nearly all of that comes from few samples,
+    those that the network is unsure of, so that its mean over some hundred samples is
+    noisy; a higher τ counts more of them. To second order it is
+    ½ Σ (z_c − ẑ_c)² p_c less the square of the mean, p softened by τ.
+
+    Args:
+        dense: `log_probabilities` of the dense network at τ.
+        changed: Of the other one.
+        temperature: τ.
+    """
+    p = dense.exp()
+    return float((p * (dense - changed)).sum()) * temperature**2

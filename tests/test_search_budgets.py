@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from fitcompress.errors import (
     SearchLimitError,
 )
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
+from fitcompress.search.budget import BudgetError
+from fitcompress.search.optimum import solve
 from fitcompress.search.problem import make_problem
 from test_search import make_table, random_table
 
@@ -227,8 +230,8 @@ def test_uniform_gives_one_level_to_all():
     plan = fc.search(table, fc.Budget(bops="50%"), method=Uniform())
     assert len({str(level) for level in plan.levels.values()}) == 1
     with pytest.raises(BudgetInfeasibleError, match="with one level for all"):
-        rules = (fc.Rule("layer0", min_bits=8), fc.Rule("layer1", max_bits=4))
-        fc.search(table, fc.Budget(bops="50%", rules=rules), method=Uniform())
+        rules = (fc.Rule("layer0", min_bits=8),)
+        fc.search(table, fc.Budget(bops="20%", rules=rules), method=Uniform())
 
 
 def test_a_search_that_is_out_of_time():
@@ -258,3 +261,99 @@ def test_the_difference_of_two_plans():
     other = fc.search(bits_table(layers=3), fc.Budget(size="90%"), family="bits")
     with pytest.raises(PlanMismatchError):
         before.diff(other)
+
+
+def test_a_latency_is_the_decimal_that_was_written() -> None:
+    assert fc.Budget(latency_ms=0.7).latency_ns() == 700_000
+    assert fc.Budget(latency_ms=np.float32(1)).latency_ns() == 10**6
+    assert fc.Budget(latency_ms=10**400).latency_ns() == 2**59
+    table = random_table(2, 3, 1, 0)
+    times = np.full((2, 3), 0.35)
+    budget = fc.Budget(latency_ms=0.7)
+    plan = fc.search(table, budget, latency=times, family="any")
+    assert plan.status == "OPTIMAL"
+
+
+def test_groups_may_come_from_a_generator() -> None:
+    groups = (tuple(names) for names in (["a", "b"],))
+    assert fc.Budget(size=1, groups=groups).groups == (("a", "b"),)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rules": fc.Rule("fc")},
+        {"rules": ("fc",)},
+        {"rules": "fc"},
+        {"rules": None},
+        {"groups": None},
+        {"groups": (1, 2)},
+        {"groups": ((1, 2),)},
+        {"groups": "ab"},
+        {"latency_ms": True},
+        {"latency_ms": "fast"},
+        {"latency_ms": float("nan")},
+        {"size": 10**5000},
+    ],
+)
+def test_budgets_that_make_no_sense(change) -> None:
+    with pytest.raises(BudgetError):
+        fc.Budget(**{"size": 100, **change})
+
+
+@pytest.mark.parametrize("value", ["2MB", "2bpw", "two"])
+def test_bit_operations_have_no_bytes(value) -> None:
+    with pytest.raises(BudgetError) as caught:
+        fc.Budget(bops=value)
+    if value != "two":
+        assert "KB" not in str(caught.value)
+        assert "bit operations" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern": 5},
+        {"max_bits": 0},
+        {"min_bits": "4"},
+        {"min_bits": True},
+        {"min_bits": float("nan")},
+        {"min_sparsity": 60},
+        {"max_sparsity": -1},
+        {"max_sparsity": float("nan")},
+        {"max_sparsity": "0.5"},
+        {"grid": "4"},
+    ],
+)
+def test_rules_that_make_no_sense(change) -> None:
+    with pytest.raises(OptionError):
+        fc.Rule(**{"pattern": "*", **change})
+
+
+def test_a_latency_table_without_a_bound_is_refused() -> None:
+    with pytest.raises(OptionError, match="no effect"):
+        fc.search(random_table(2, 3, 1, 0), fc.Budget(size="90%"), latency=[[1]])
+
+
+@pytest.mark.parametrize("latency", ["nonsense", [[1, 2], [3]]])
+def test_a_latency_table_that_is_none(latency) -> None:
+    with pytest.raises(OptionError, match="no array"):
+        fc.search(bits_table(layers=2), fc.Budget(latency_ms=1), latency=latency)
+
+
+def test_uniform_names_the_rules_that_leave_nothing() -> None:
+    table = bits_table(layers=2)
+    rules = [fc.Rule(n, grid=g) for n, g in zip(table.names, table.grids, strict=False)]
+    budget = fc.Budget(bops="90%", rules=rules)
+    with pytest.raises(OptionError, match="all layers"):
+        fc.search(table, budget, method=Uniform())
+
+
+def test_arguments_are_checked_before_limits() -> None:
+    with pytest.raises(ValueError, match="value"):
+        solve([[[1, 2]]], [[1.0, 2.0], [3.0, 4.0]], [-1])
+    with pytest.raises(ValueError, match="2\\*\\*63"):
+        solve([[[1, 2]]], [[1.0, 2.0]], [2**70])
+    with pytest.raises(ValueError, match="gap"):
+        solve([[[1, 2]]], [[1.0, 2.0]], [3], gap=math.inf)
+    assert solve([[[1, 2]]], [[1.0, 2.0]], [-1]).status == "INFEASIBLE"

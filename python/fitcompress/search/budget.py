@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from fitcompress.errors import FitcompressError
-
-if TYPE_CHECKING:
-    from fitcompress.search.rules import Rule
+from fitcompress.search.rules import Rule
 
 __all__ = ["Budget", "BudgetError", "Cost"]
 
@@ -73,16 +73,8 @@ class Budget:
                 _bound(name, value, 10**6, 10**6)
         if self.latency_ms is not None:
             self.latency_ns()
-        strings = any(isinstance(group, str) for group in self.groups)
-        object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "groups", tuple(tuple(g) for g in self.groups))
-        named = [name for group in self.groups for name in group]
-        if len(set(named)) < len(named) or strings:
-            raise BudgetError(
-                "a layer can be in one group only",
-                got=self.groups,
-                wanted="tuples of names, each name once",
-            )
+        object.__setattr__(self, "rules", _rules(self.rules))
+        object.__setattr__(self, "groups", _groups(self.groups))
 
     @property
     def costs(self) -> tuple[Cost, ...]:
@@ -112,21 +104,53 @@ class Budget:
             raise BudgetError("this budget does not bound the latency", got=self)
         milliseconds = self.latency_ms
         if (
-            not isinstance(milliseconds, int | float)
-            or not math.isfinite(milliseconds)
-            or milliseconds <= 0
+            isinstance(milliseconds, bool)
+            or not isinstance(milliseconds, numbers.Real)
+            or not 0 < milliseconds < math.inf
         ):
             raise BudgetError(
                 "this bound on the latency cannot be understood",
                 got=repr(milliseconds),
                 wanted="a positive number of milliseconds",
             )
-        return min(int(Fraction(milliseconds) * 10**6), LARGEST)
+        if milliseconds > LARGEST:
+            return LARGEST
+        # The decimal that was written, not the binary fraction next to it.
+        return min(int(Fraction(str(float(milliseconds))) * 10**6), LARGEST)
 
     def __str__(self) -> str:
         bounds = {"size": self.size, "bops": self.bops, "latency": self.latency_ms}
         parts = [f"{cost} ≤ {bounds[cost]}" for cost in self.costs]
         return " and ".join(parts) + (" ms" if self.latency_ms is not None else "")
+
+
+def _rules(rules: Any) -> tuple[Rule, ...]:
+    found = tuple(rules) if isinstance(rules, Iterable) else (rules,)
+    wrong = [rule for rule in found if not isinstance(rule, Rule)]
+    if wrong or isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise BudgetError(
+            "rules are no Rule objects",
+            got=repr(rules if isinstance(rules, str) or not wrong else wrong[0]),
+            wanted="a tuple of rules",
+            fix='write rules=(Rule("fc", min_bits=6),)',
+        )
+    return found
+
+
+def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
+    outer = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+    loose = [g for g in outer if isinstance(g, str) or not isinstance(g, Iterable)]
+    found = () if loose else tuple(tuple(group) for group in outer)
+    named = [name for group in found for name in group]
+    typed = all(isinstance(name, str) for name in named)
+    if loose or not typed or len(set(named)) < len(named):
+        raise BudgetError(
+            "a layer can be in one group only",
+            got=repr(groups if loose else found),
+            wanted="tuples of names, each name once",
+            fix='write groups=(("conv1", "conv2"),)',
+        )
+    return found
 
 
 def _bound(name: str, value: float | str, reference: int, weights: int) -> int:
@@ -135,7 +159,7 @@ def _bound(name: str, value: float | str, reference: int, weights: int) -> int:
         return min(int(reference * number / 100), LARGEST)
     if name == "bops":
         if unit:
-            raise _bad(value)
+            raise _bad(value, 'a positive number of bit operations, or "5%" of float32')
         return min(int(number), LARGEST)
     if unit == "BPW":
         return min(int(weights * number / 8), LARGEST)
@@ -143,7 +167,10 @@ def _bound(name: str, value: float | str, reference: int, weights: int) -> int:
 
 
 def _parse(value: float | str) -> tuple[Fraction, str]:
-    text = str(value).strip().upper().replace("_", "")
+    try:
+        text = str(value).strip().upper().replace("_", "")
+    except ValueError as error:
+        raise _bad(value) from error
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:E[+-]?[0-9]+)?)\s*([A-Z%]*)", text)
     if match is None:
         raise _bad(value)
@@ -153,9 +180,12 @@ def _parse(value: float | str) -> tuple[Fraction, str]:
     return Fraction(match[1]), unit
 
 
-def _bad(value: object) -> BudgetError:
-    return BudgetError(
-        "this budget cannot be understood",
-        got=repr(value),
-        wanted='a positive number of bytes, or "5%", "40KB", "1.5MiB", "2.1bpw"',
-    )
+SIZES = 'a positive number of bytes, or "5%", "40KB", "1.5MiB", "2.1bpw"'
+
+
+def _bad(value: object, wanted: str = SIZES) -> BudgetError:
+    try:
+        got = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        got = "a number that is far too large"
+    return BudgetError("this budget cannot be understood", got=got, wanted=wanted)

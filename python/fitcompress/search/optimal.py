@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ class Optimal(Objective):
             SearchLimitError: Nothing was found within the time limit.
             KeyboardInterrupt: Ctrl-C before any plan was found.
         """
+        begin = time.monotonic()
         cells = self.values(problem).reshape(len(problem.distortion), -1)
         value = np.stack([cells[list(g)].sum(axis=0) for g in problem.groups])
         value = np.where(problem.grouped_allowed(), value, np.inf)
@@ -78,7 +80,8 @@ class Optimal(Objective):
             progress=self.progress,
         )
         if answer.status == "INFEASIBLE":
-            raise _out_of_reach(problem, value)
+            left = max(self.time_limit - (time.monotonic() - begin), 0.0)
+            raise _out_of_reach(problem, value, left)
         if answer.status == "UNKNOWN":
             raise self._nothing_found(answer, problem)
         if answer.stopped == "interrupted":
@@ -120,7 +123,7 @@ class Optimal(Objective):
 
 
 def _out_of_reach(
-    problem: Problem, value: NDArray[np.float64]
+    problem: Problem, value: NDArray[np.float64], seconds: float
 ) -> BudgetInfeasibleError | OptionError:
     """Return the error that says how small one bound can be beside the others."""
     costs = problem.grouped_costs()
@@ -129,7 +132,9 @@ def _out_of_reach(
         # Costs as the objective: float64 holds them exactly below 2⁵³.
         target = np.where(np.isfinite(value), costs[budget].astype(np.float64), np.inf)
         limits = [problem.limits[m] for m in others]
-        least = solve(costs[others], target, limits, time_limit=10.0)
+        least = solve(costs[others], target, limits, time_limit=seconds)
+        if least.stopped == "interrupted":
+            raise KeyboardInterrupt
         if not len(least.choice):
             continue
         total = int(costs[budget, np.arange(len(least.choice)), least.choice].sum())

@@ -85,12 +85,14 @@ def solve(
     """
     costs, bounds = _integers(cost, "cost"), _integers(limits, "limits")
     values = np.ascontiguousarray(value, dtype=np.float64)
-    # A limit below 0 is out of reach of any cost: that of 0 less than the cheapest.
-    if (bounds < 0).any():
-        return _infeasible()
-    started = costs, values, np.minimum(bounds, 2**61)
-    answer = _core.knapsack(*started, gap, time_limit, progress)
-    if answer["status"] == "infeasible":
+    if not gap < math.inf:
+        msg = f"gap: got {gap}, wanted a finite number ≥ 0"
+        raise ValueError(msg)
+    reachable = np.clip(bounds, 0, 2**61)
+    # A limit below 0 is out of reach of any cost, but the arguments are checked first.
+    seconds = 0.0 if (bounds < 0).any() else time_limit
+    answer = _core.knapsack(costs, values, reachable, gap, seconds, progress)
+    if answer["status"] == "infeasible" or (bounds < 0).any():
         return _infeasible()
     stopped: Literal["", "time", "interrupted", "memory"] = ""
     if answer["status"] == "stopped":
@@ -127,6 +129,9 @@ def _infeasible() -> Solution:
 
 def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
     array = np.asarray(values)
+    if array.dtype == object and all(isinstance(x, int) for x in array.flat):
+        msg = f"{name}: got numbers of more than 64 bits, wanted at most 2**63 - 1"
+        raise ValueError(msg)
     if array.dtype.kind not in "iu":
         msg = f"{name}: got dtype {array.dtype}, wanted integers"
         raise TypeError(msg)

@@ -230,6 +230,13 @@ def make_problem(
             wanted="step, bits or any, and grids of that family",
             fix="measure with such grids, or search with another family",
         )
+    if latency is not None and "latency" not in budget.costs:
+        raise OptionError(
+            "the latency table has no effect",
+            got=f"a budget of {budget}",
+            wanted="a bound on the latency",
+            fix="search with Budget(…, latency_ms=…)",
+        )
     masks = family != "step" if masks is None else masks
     kept = sensitivity.distortion.shape[2] if masks else 1
     used = "bops" in budget.costs if activations is None else activations
@@ -292,7 +299,14 @@ def _nanoseconds(
             wanted=f"milliseconds [L, G] or [L, G, S] = {list(shape)}",
             fix="search(…, latency=table)",
         )
-    table = np.asarray(latency, dtype=np.float64)
+    try:
+        table = np.asarray(latency, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            "the latency table is no array of numbers",
+            got=str(error),
+            wanted=f"milliseconds [L, G] or [L, G, S] = {list(shape)}",
+        ) from error
     if table.shape == shape[:2]:
         table = table[:, :, None]
     if table.shape not in (shape, (*shape[:2], 1)):
@@ -307,7 +321,10 @@ def _nanoseconds(
             got=f"{table.min()} to {table.max()}",
             wanted="finite numbers from 0 to 1e9",
         )
-    whole = np.ceil(table * 1e6).astype(np.int64)
+    nanoseconds = table * 1e6
+    nearest = np.rint(nanoseconds)  # .35 ms are 350000 ns, whatever the product says
+    dust = np.abs(nanoseconds - nearest) <= 1e-9 * nearest
+    whole = np.where(dust, nearest, np.ceil(nanoseconds)).astype(np.int64)
     return np.array(np.broadcast_to(whole, shape))
 
 

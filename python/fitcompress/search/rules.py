@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fitcompress.errors import OptionError
+from fitcompress.sensitivity.table import Grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fitcompress.sensitivity.table import Grid, Sensitivity
+    from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["Rule", "allowed_cells"]
 
@@ -45,6 +47,20 @@ class Rule:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise OptionError("pattern", got=repr(self.pattern), wanted="a string")
+        for name, bits in (("min_bits", self.min_bits), ("max_bits", self.max_bits)):
+            whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
+            if bits is not None and not (whole and bits >= 1):
+                raise OptionError(name, got=repr(bits), wanted="an integer from 1 on")
+        for name in ("min_sparsity", "max_sparsity"):
+            share = getattr(self, name)
+            if share is not None and not (
+                isinstance(share, float | int | np.floating) and 0 <= share <= 1
+            ):
+                raise OptionError(name, got=repr(share), wanted="a share, 0 to 1")
+        if self.grid is not None and not isinstance(self.grid, Grid):
+            raise OptionError("grid", got=repr(self.grid), wanted="a Grid")
         for low, high in (
             (self.min_bits, self.max_bits),
             (self.min_sparsity, self.max_sparsity),
@@ -66,7 +82,8 @@ class Rule:
             return False
         if grid.bits is None:
             return True
-        return (self.min_bits or 0) <= grid.bits <= (self.max_bits or grid.bits)
+        most = grid.bits if self.max_bits is None else self.max_bits
+        return (self.min_bits or 0) <= grid.bits <= most
 
     def allowed_sparsities(self, sparsity: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Tell which of these shares of dropped weights a matching layer may have."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fitcompress.errors import OptionError
 from fitcompress.search.objective import Objective
 from fitcompress.search.problem import Choice, Problem
 
@@ -23,6 +24,7 @@ class Uniform(Objective):
         """Return the chosen cell of every layer.
 
         Raises:
+            OptionError: The rules leave the layers no level in common.
             BudgetInfeasibleError: No level fits for all layers; names the smallest cost
                 of those levels.
         """
@@ -30,11 +32,17 @@ class Uniform(Objective):
         value = self.values(problem).reshape(layers, -1).sum(axis=0)
         costs = problem.costs.reshape(len(problem.limits), layers, -1).sum(axis=1)
         fits = problem.allowed.reshape(layers, -1).all(axis=0)
+        if not fits.any():
+            raise OptionError(
+                "the rules leave no level that all layers may have",
+                got=", ".join(repr(rule.pattern) for rule in problem.budget.rules),
+                wanted="a level in common",
+                fix="relax the rules, or search with method=Optimal()",
+            )
         for budget, limit in enumerate(problem.limits):
             within = fits & (costs[budget] <= limit)
             if not within.any():
-                usable = costs[budget][fits] if fits.any() else costs[budget]
-                least = problem.in_units(int(usable.min()), budget)
+                least = problem.in_units(int(costs[budget][fits].min()), budget)
                 raise problem.infeasible(budget, least, " with one level for all")
             fits = within
         cell = int(np.where(fits, value, np.inf).argmin())

@@ -422,6 +422,15 @@ def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:
     assert Path("a").read_bytes() == Path("b").read_bytes()
 
 
+def test_measure_refines(run, tiny_files) -> None:
+    done(run("measure", *MODEL, *DIGITS, "--samples", "64", "--refine"))
+    refined = fc.Sensitivity.load("sensitivity.safetensors").provenance["refined"]
+    assert refined["errors"] == "compensated"
+    failed = run("measure", "--shards", ".", "--refine")
+    assert failed.code
+    assert "leave --refine out" in failed.err
+
+
 def test_measure_does_not_overwrite_what_it_reads(run) -> None:
     safetensors.torch.save_file({"a.weight": torch.randn(40, 30)}, "one.safetensors")
     before = Path("one.safetensors").read_bytes()

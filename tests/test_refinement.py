@@ -285,3 +285,25 @@ def test_wrong_input(net, loader, table) -> None:
 def test_bad_options(name, value) -> None:
     with pytest.raises(OptionError, match=name):
         Refinement(**{name: value})
+
+
+def test_measure_refines(net, loader, table, tmp_path) -> None:
+    few = dataclasses.replace(FEW, compensation=None)
+    wanted = refine(table, net, loader, refinement=few, progress=False)
+    settings = {"grids": GRIDS, "sparsities": (0, 0.3, 0.6), "samples": 32}
+    for given in (loader, iter(loader)):
+        found = fc.measure(
+            net,
+            given,
+            **settings,
+            refine=few,
+            checkpoint=tmp_path / "state",
+            progress=False,
+        )
+        assert np.array_equal(found.distortion, wanted.distortion)
+    found = fc.measure(
+        net, iter(loader), **settings, activation_bits=8, refine=few, progress=False
+    )
+    assert np.array_equal(found.distortion, wanted.distortion)
+    assert found.activation_distortion[:, 1].sum() > 0
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ from fitcompress.cli.app import (
 from fitcompress.cli.models import check_data, trained_model
 from fitcompress.data import load_dataset
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
+from fitcompress.refinement import Refinement
 from fitcompress.search import Budget
 from fitcompress.search import pareto as make_front
 from fitcompress.search import search as find_plan
@@ -128,6 +129,13 @@ def measure(
             "under a bound on bit operations."
         ),
     ] = "",
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Correct the distortions by measured loss rises of single layers.",
+        ),
+    ] = False,
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
@@ -138,6 +146,9 @@ def measure(
     if shards is not None:
         if activation_bits:
             message = "--shards know no inputs of layers: leave --activation-bits out"
+            raise typer.BadParameter(message)
+        if refine:
+            message = "--shards are measured without data: leave --refine out"
             raise typer.BadParameter(message)
         if model is not None or weights is not None or dataset is not None:
             message = "--shards takes the place of --model, --weights and --dataset"
@@ -160,6 +171,7 @@ def measure(
             source.calibration(seed),
             samples=samples,
             activation_bits=_numbers(activation_bits),
+            refine=Refinement() if refine else None,
             seed=seed,
             checkpoint=checkpoint,
         )

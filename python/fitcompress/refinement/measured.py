@@ -75,6 +75,25 @@ class Refinement:
         if not 1 <= self.temperature <= 1e3:
             raise OptionError("temperature", got=self.temperature, wanted="1 to 1000")
 
+    def correct(
+        self,
+        sensitivity: Sensitivity,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Sensitivity:
+        """Return the table corrected, see :func:`refine`."""
+        return refine(
+            sensitivity,
+            model,
+            loader,
+            refinement=self,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+
 
 def refine(
     sensitivity: Sensitivity,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fitcompress.refinement import Refinement
     from fitcompress.sensitivity.moments import FisherMoments
 
 __all__ = ["measure"]
@@ -53,6 +54,7 @@ def measure(
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
     activation_bits: int | Iterable[int] = (),
+    refine: Refinement | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -81,6 +83,8 @@ def measure(
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
             the network's input, and forward passes over the data, which are read a
             second time; what can be read only once, as a generator, is kept in memory.
+        refine: Correct the distortions by measured loss rises of single layers, see
+            :func:`fitcompress.refine`. Takes minutes.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Seeds the sampled labels.
         progress: Show a bar with the time left.
@@ -123,7 +127,7 @@ def measure(
         check_inputs(model, layers, x, y, loss_fn or sampled(x[:2], seed, 0))
     del x, y
     again: Iterable[Any] = loader
-    if bits and isinstance(loader, Iterator):  # cannot be read twice
+    if (bits or refine) and isinstance(loader, Iterator):  # cannot be read twice
         batches, again = itertools.tee(batches)
     moments = estimate(
         FisherEstimator(
@@ -142,8 +146,11 @@ def measure(
     )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
     if bits:
+        inputs = again
+        if refine and isinstance(again, Iterator):
+            inputs, again = itertools.tee(again)
         histograms = input_histograms(
-            model, layers, take(again, samples), samples=samples, progress=progress
+            model, layers, take(inputs, samples), samples=samples, progress=progress
         )
         hurt, trace = input_distortion(layers, moments, histograms, bits)
         table["activation_bits"] = (None, *bits)
@@ -162,6 +169,11 @@ def measure(
         provenance={"labels": "sampled" if loss_fn is None else "data", "seed": seed},
         **table,
     )
+    if refine is not None:
+        state = None if checkpoint is None else f"{checkpoint}.refine"
+        sensitivity = refine.correct(
+            sensitivity, model, again, checkpoint=state, progress=progress
+        )
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return sensitivity

@@ -54,7 +54,7 @@ def loader():
 
 BITS, STEPS = (8, 4, 3, 2), (0.02, 0.1)
 GRIDS = [*(fc.Grid(bits=b) for b in BITS), *(fc.Grid(step=s) for s in STEPS)]
-FEW = Refinement(samples=32, grids=2, sparsities=1)
+FEW = Refinement(samples=32, grids=2, sparsities=1, plans=0)
 
 
 @pytest.fixture
@@ -276,7 +276,8 @@ def test_wrong_input(net, loader, table) -> None:
     [
         ("samples", 1),
         ("samples", 2.0),
-        ("grids", 0),
+        ("grids", -1),
+        ("plans", 7),
         ("sparsities", -1),
         ("temperature", 0.5),
         ("temperature", float("nan")),

@@ -10,7 +10,7 @@ from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
 from fitcompress.quantize import remove
-from fitcompress.refinement import Refinement, refine
+from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
@@ -36,6 +36,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "apply",
+    "calibrate",
     "compress",
     "evaluate",
     "finetune",

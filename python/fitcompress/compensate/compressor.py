@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import statistics
 import zlib
@@ -168,6 +169,21 @@ class Compressor:
                 few = self.calibration.batches[0][:16]
                 self._outlets = find_outlets(self._folded, self.layers, few)
         self.attempts = Attempts(checkpoint, self._key())
+        self._judging = True
+
+    def with_plan(self, plan: Plan) -> Compressor:
+        """Return one for another plan that shares model, inputs and options.
+
+        It keeps no attempts, and what can be said of the inputs has been said before.
+        """
+        plan.check({layer.name: layer.shape for layer in self.layers})
+        check_activations(
+            self.model, input_bits(plan), calibrated=self.calibration is not None
+        )
+        other = copy.copy(self)
+        other.plan, other._input_bits = plan, input_bits(plan)
+        other.attempts, other._judging = Attempts(None, ""), False
+        return other
 
     def _key(self) -> str:
         crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
@@ -249,7 +265,7 @@ class Compressor:
                 pace.spent(name, _coded_bytes(made.codes))
                 trusts.append(made.trust)
                 bar.advance(note=name)
-        if not pilot:
+        if self._judging and not pilot:
             _judge(trusts, sum(len(x) for x in calibration.batches))
 
     def _quantized(

@@ -1,5 +1,6 @@
-"""Sensitivities corrected by the loss rises that single levels really cause."""
+"""Sensitivities corrected by the loss rises that levels and plans really cause."""
 
-from fitcompress.refinement.measured import Refinement, refine
+from fitcompress.refinement.calibration import calibrate
+from fitcompress.refinement.refinement import Refinement, refine
 
-__all__ = ["Refinement", "refine"]
+__all__ = ["Refinement", "calibrate", "refine"]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fitcompress.refinement.random_plans import families, sensible_grids
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -30,14 +32,20 @@ LEAST, MOST = 1e-3, 1e3  # of a ratio; what is beyond is noise about a zero
 
 
 def anchors(table: Sensitivity, grids: int, sparsities: int) -> list[Cell]:
-    """Return the cells to measure, evenly spaced, ends included.
+    """Return the cells to measure, evenly spaced, the coarsest grid included.
+
+    Of steps, those which make sense for a whole network (``random_plans``).
 
     Args:
         table: Has one or two families of grids.
         grids: How many of each family, without masks.
         sparsities: How many besides 0, on the finest grid of the first family.
     """
-    cells = [(g, 0) for family in _families(table) for g in _spread(family, grids)]
+    cells = []
+    for family in families(table):
+        whole = [g for g, one in enumerate(table.grids) if one.family == family]
+        few = [int(g) for g in sensible_grids(table, family)]
+        cells += [(g, 0) for g in _spread(few if family == "step" else whole, grids)]
     first = _families(table)[0][0]
     masks = range(1, table.distortion.shape[2])
     return cells + [(first, s) for s in _spread(masks, sparsities)]

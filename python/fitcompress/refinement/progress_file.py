@@ -25,11 +25,14 @@ class ProgressFile:
 
     Args:
         path: The file, or None to keep nothing.
-        key: What the sums belong to.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, key: str) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(check_writable(path))
+        self._key = ""
+
+    def belongs_to(self, key: str) -> None:
+        """Say what the sums are of; those of anything else are not loaded."""
         self._key = key
 
     def load(self, shape: tuple[int, ...]) -> tuple[int, torch.Tensor]:

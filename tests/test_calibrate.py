@@ -1,0 +1,235 @@
+"""Tables fitted to whole random plans: design, regression and the way through."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import fitcompress as fc
+from fitcompress.compensate.compressor import Compressor
+from fitcompress.compensate.options import Compensation
+from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
+from fitcompress.refinement.random_plans import draw_plans, families
+from fitcompress.refinement.regression import (
+    cross_validated,
+    fit_factors,
+    rank_correlation,
+)
+from test_refinement import BITS, Branched
+from test_search import random_table
+
+STEPS = [0.03 * 2 ** (i / 2) for i in range(8)]
+GRIDS = [*(fc.Grid(bits=b) for b in BITS), *(fc.Grid(step=s) for s in STEPS)]
+FAST = Compensation(beam=1, clipping=False)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Branched().eval()
+
+
+@pytest.fixture
+def loader():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 6, 6, generator=generator) for _ in range(4)]
+
+
+@pytest.fixture
+def table(net, loader):
+    return fc.measure(
+        net, loader, samples=32, grids=GRIDS, sparsities=(0, 0.3, 0.6), progress=False
+    )
+
+
+def noisy_problem(plans, layers, noise, seed=0):
+    random = np.random.default_rng(seed)
+    x = 4.0 ** -random.integers(0, 5, (plans, layers))
+    factors = np.exp(random.normal(0, 1, layers))
+    return x, factors, (x @ factors) * np.exp(random.normal(0, noise, plans))
+
+
+def test_factors_are_found() -> None:
+    x, factors, y = noisy_problem(200, 8, 0.0)
+    found = fit_factors(x, y, np.zeros(8, dtype=np.int64), 1e-6)
+    np.testing.assert_allclose(found, factors, rtol=1e-3)
+
+
+def test_a_fit_is_a_minimum() -> None:
+    x, _, y = noisy_problem(30, 6, 0.1)
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    found = np.log(fit_factors(x, y, groups, 0.3))
+
+    def value(logs):
+        rest = np.log(x @ np.exp(logs)) - np.log(y)
+        apart = [logs[groups == g] - logs[groups == g].mean() for g in (0, 1)]
+        return rest @ rest + 0.3 * sum(a @ a for a in apart)
+
+    random = np.random.default_rng(1)
+    for size in (1e-3, 1e-1):
+        for _ in range(50):
+            assert value(found + size * random.normal(size=6)) >= value(found) - 1e-9
+
+
+def test_units_do_not_matter() -> None:
+    x, _, y = noisy_problem(30, 6, 0.1)
+    groups = np.zeros(6, dtype=np.int64)
+    plain = cross_validated(x, y, groups)
+    scaled = cross_validated(x * 1e-9, y * 1e6, groups)
+    assert scaled.ridge == plain.ridge
+    np.testing.assert_allclose(scaled.factors, plain.factors * 1e15, rtol=1e-5)
+    np.testing.assert_allclose(scaled.predicted, plain.predicted * 1e6, rtol=1e-5)
+
+
+def test_noise_wants_a_larger_ridge() -> None:
+    groups = np.zeros(12, dtype=np.int64)
+    x, _, y = noisy_problem(24, 12, 0.0)
+    clean = cross_validated(x, y, groups)
+    alike = x.sum(1) * np.exp(np.random.default_rng(2).normal(0, 1, 24))
+    assert cross_validated(x, alike, groups).ridge > clean.ridge
+    # What was left out was not fitted to.
+    assert clean.error > 0
+    assert rank_correlation(clean.predicted, y) > rank_correlation(x.sum(1), y)
+
+
+def test_rank_correlation_is_that_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = random.integers(0, 6, (2, 15)).astype(float)
+        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+def test_plans_are_spread_evenly() -> None:
+    table = random_table(5, 6, 4, 0)
+    for family in families(table):
+        grids, masks = draw_plans(table, family, 24, 0)
+        again = draw_plans(table, family, 24, 0)
+        assert np.array_equal(grids, again[0])
+        assert np.array_equal(masks, again[1])
+        assert not np.array_equal(grids, draw_plans(table, family, 24, 1)[0])
+        assert {table.grids[g].family for g in grids.flat} == {family}
+        assert len({tuple(row) for row in grids}) > 20
+        if family == "bits":
+            for column in grids.T:
+                counts = np.bincount(column)[np.unique(grids)]
+                assert counts.max() - counts.min() <= 1
+            assert not masks[::2].any()
+            assert masks[1::2].any()
+
+
+def test_steps_stay_around_one_of_the_network(net, loader) -> None:
+    table = fc.measure(net, loader, samples=32, progress=False)
+    grids, masks = draw_plans(table, "step", 16, 0)
+    assert not masks.any()
+    logs = np.log2([[table.grids[g].step for g in row] for row in grids])
+    assert (np.ptp(logs, axis=1) <= 1.0 + 0.25).all()
+    assert (np.ptp(logs, axis=1) > 0.2).any()
+    assert np.ptp(logs.mean(1)) > 1
+
+
+def test_the_table_follows_the_plans(net, loader, table, tmp_path) -> None:
+    found = fc.calibrate(
+        table, net, loader, plans=24, samples=32, compensation=FAST, progress=False
+    )
+    report = found.provenance["calibrated"]
+    assert set(report) >= {"bits", "step", "samples", "errors"}
+    assert report["samples"] == 16
+    for kind in ("bits", "step"):
+        assert report[kind]["plans"] == 24
+        assert -1 <= report[kind]["spearman"] <= 1
+        assert len(report[kind]["factors"]) == 3
+    # In nats: the predictions of the plans add up to about what was measured.
+    g, s = draw_plans(table, "bits", 24, 0)
+    predicted = found.distortion[np.arange(3), g, s].sum(1)
+    true = [true_rise(net, table, loader, *cells) for cells in zip(g, s, strict=True)]
+    assert predicted.sum() == pytest.approx(sum(true), rel=0.3)
+    assert spearmanr(predicted, true).statistic > 0.8
+    found.save(tmp_path / "s.safetensors")
+    again = fc.Sensitivity.load(tmp_path / "s.safetensors")
+    assert np.array_equal(again.distortion, found.distortion)
+    plan = fc.search(again, fc.Budget(bops="15%"))
+    assert plan.status == "OPTIMAL"
+
+
+def true_rise(net, table, loader, grids, sparsities):
+    levels = {
+        name: fc.Level(
+            table.grids[g], float(table.sparsity[i, s]), tuple(table.shapes[i])
+        )
+        for i, (name, g, s) in enumerate(
+            zip(table.names, grids, sparsities, strict=True)
+        )
+    }
+    x = torch.cat(loader).split(4)
+    small = fc.apply(
+        net, fc.Plan(levels), x[::2], samples=None, compensation=FAST, progress=False
+    )
+    measured = torch.cat(x[1::2])
+    with torch.no_grad():
+        p = net(measured).double().log_softmax(-1)
+        q = small(measured).double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_calibrated_table_decides_on_steps(net, loader) -> None:
+    """Factors of layers move their steps; without them the law of one step holds."""
+    table = fc.measure(net, loader, samples=32, progress=False)
+    found = fc.calibrate(
+        table, net, loader, plans=16, samples=32, compensation=FAST, progress=False
+    )
+    budget = fc.Budget(size="30%")
+    plain, fitted = fc.search(table, budget), fc.search(found, budget)
+    by_law = fc.search(
+        found, budget, method=fc.methods.Optimal("compensated", fisher_power=0)
+    )
+    grids = [[level.grid for level in p.levels.values()] for p in (plain, by_law)]
+    assert grids[0] == grids[1]
+    assert fitted.details["objective"] == pytest.approx(fitted.distortion)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_table(
+    net, loader, table, tmp_path, monkeypatch, caplog
+) -> None:
+    settings = {"plans": 8, "samples": 32, "compensation": FAST, "progress": False}
+    wanted = fc.calibrate(table, net, loader, **settings)
+    file, runs = tmp_path / "state", []
+    original = Compressor.at
+
+    def killed(self, *args, **named):
+        runs.append(1)
+        if len(runs) > 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(Compressor, "at", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fc.calibrate(table, net, loader, checkpoint=file, **settings)
+    assert file.exists()
+    monkeypatch.setattr(Compressor, "at", original)
+    with caplog.at_level(logging.WARNING):
+        found = fc.calibrate(table, net, loader, checkpoint=file, **settings)
+    assert "not used" not in caplog.text
+    assert np.array_equal(found.distortion, wanted.distortion)
+    assert not file.exists()
+
+
+def test_wrong_input(net, loader, table) -> None:
+    with pytest.raises(PlanMismatchError, match="another model"):
+        fc.calibrate(table, torch.nn.Sequential(torch.nn.Linear(3, 4)), loader)
+    with pytest.raises(CalibrationError, match="at least two"):
+        fc.calibrate(table, net, [loader[0][:1]], progress=False)
+    for name, value in (("plans", 7), ("plans", 9.0), ("samples", 1)):
+        with pytest.raises(OptionError, match=name):
+            fc.calibrate(table, net, loader, **{name: value})
+    with pytest.raises(OptionError, match="temperature"):
+        fc.calibrate(table, net, loader, temperature=float("nan"))
+
+
+def test_a_network_of_zeros_keeps_its_table(loader) -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3))
+    torch.nn.init.zeros_(net[1].weight)
+    table = fc.measure(net, loader, samples=32, progress=False)
+    found = fc.calibrate(table, net, loader, plans=8, samples=32, progress=False)
+    assert np.isfinite(found.distortion).all()

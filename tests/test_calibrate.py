@@ -138,7 +138,7 @@ def test_the_table_follows_the_plans(net, loader, table, tmp_path) -> None:
     assert report["samples"] == 16
     for kind in ("bits", "step"):
         assert report[kind]["plans"] == 24
-        assert -1 <= report[kind]["spearman"] <= 1
+        assert report[kind]["spearman"] > 0
         assert len(report[kind]["factors"]) == 3
     # In nats: the predictions of the plans add up to about what was measured.
     g, s = draw_plans(table, "bits", 24, 0)

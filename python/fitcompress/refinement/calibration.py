@@ -76,12 +76,12 @@ def calibrate(
     network, and a factor for every layer, and for the mask of every layer, is fitted
     (``refinement.regression``):
 
-        D'_l(g, s) = a_l B_l(g, 0) + b_l (B_l(g, s) − B_l(g, 0))   in nats,
+        D'_l(g, s) = a_l B_l(g, 0) + b_l (B'_l(g, s) − B'_l(g, 0))   in nats,
 
-    B the table, the squared error ½ Σ_j (θ_j − θ̂_j)² of rounded weights, the geometric
-    mean of both, or for steps ½ n_l Δ²/12: that which predicts plans it was not fitted
-    to best. How well that is, is in ``provenance["calibrated"]`` and in the log. Each
-    family of grids has plans and factors of its own.
+    B and B' the table, the squared error ½ Σ_j (θ_j − θ̂_j)² of rounded weights, the
+    geometric mean of both, or for steps ½ n_l Δ²/12: those that predict plans they were
+    not fitted to best. How well that is, is in ``provenance["calibrated"]`` and in the
+    log. Each family of grids has plans and factors of its own.
 
     Costs ``plans`` times an ``apply`` with half of the samples and a forward pass over
     the other half, for each family.
@@ -254,10 +254,8 @@ def _squared_error(layers: Sequence[Layer], table: Sensitivity) -> Reals:
     )
 
 
-def _fitted(
-    table: Sensitivity, kind: str, squared: Reals, cells: Cells, y: Reals
-) -> tuple[Reals, dict[str, Any]]:
-    """Return the table of the best base, in the units of y, and how well it fits."""
+def _bases(table: Sensitivity, kind: str, squared: Reals) -> dict[str, Reals]:
+    """Return what D' may be proportional to in a layer, [L, G, S] each."""
     bases = {
         "table": table.distortion,
         "squared error": squared,
@@ -267,36 +265,51 @@ def _fitted(
         steps = np.array([grid.step or 0.0 for grid in table.grids])
         law = table.sizes[:, None, None] * np.square(steps)[:, None] / 24
         bases["step law"] = np.broadcast_to(law, squared.shape)
+    return bases
+
+
+def _fitted(
+    table: Sensitivity, kind: str, squared: Reals, cells: Cells, y: Reals
+) -> tuple[Reals, dict[str, Any]]:
+    """Return the table of the best bases, in the units of y, and how well it fits."""
     layers = np.arange(len(table.names))
-    masked = bool(cells[1].any())
-    best: tuple[Fit, str] | None = None
-    before = table.distortion[layers, cells[0], cells[1]].sum(1)
-    for name, base in bases.items():
-        plain = base[layers, cells[0], 0]
-        x = [plain, np.maximum(base[layers, cells[0], cells[1]] - plain, 0.0)]
-        columns = np.concatenate(x[: 1 + masked], axis=1)
-        groups = np.repeat([0, 1][: 1 + masked], len(layers))
-        usable = columns[:, columns.any(0)]
-        if not usable.any(1).all():
+    grids, masks = cells
+    bases = _bases(table, kind, squared)
+    plain = {name: base[:, :, :1] for name, base in bases.items()}
+    rest = {name: np.maximum(base - plain[name], 0.0) for name, base in bases.items()}
+    masked = bool(masks.any())
+    pairs = [(a, b) for a in bases for b in (bases if masked else (a,))]
+    groups = np.repeat([0, 1][: 1 + masked], len(layers))
+    best: tuple[Fit, str, str] | None = None
+    for one, other in pairs:
+        columns = [plain[one][layers, grids, 0], rest[other][layers, grids, masks]]
+        x = np.concatenate(columns[: 1 + masked], axis=1)
+        if not (x > 0).any(1).all():
             continue
-        fit = cross_validated(columns, y, groups)
+        fit = cross_validated(x, y, groups)
         if best is None or fit.error < best[0].error:
-            best = fit, name
+            best = fit, one, other
     if best is None:  # nothing hurts: zero weights
         return table.distortion, {"plans": len(y), "base": "none"}
-    fit, name = best
-    base = bases[name]
-    factor = fit.factors[: len(layers)]
-    other = fit.factors[len(layers) :] if masked else factor
-    plain = base[:, :, :1]
-    rest = np.maximum(base - plain, 0.0)
-    fitted = factor[:, None, None] * plain + other[:, None, None] * rest
-    return fitted, {
+    fit, one, other = best
+    a = fit.factors[: len(layers), None, None]
+    b = fit.factors[-len(layers) :, None, None]
+    before = table.distortion[layers, grids, masks].sum(1)
+    report = {
         "plans": len(y),
-        "base": name,
+        "base": one,
         "ridge": fit.ridge,
         "spearman_before": rank_correlation(before, y),
         "spearman": rank_correlation(fit.predicted, y),
         "log_error": fit.error,
-        "factors": (factor / np.exp(np.mean(np.log(factor)))).round(4).tolist(),
+        "factors": _relative(a),
     }
+    if masked:
+        report |= {"mask_base": other, "mask_factors": _relative(b)}
+    return a * plain[one] + b * rest[other], report
+
+
+def _relative(factors: Reals) -> list[float]:
+    """Return factors over their geometric mean."""
+    logs = np.log(factors.ravel())
+    return [float(f) for f in np.exp(logs - logs.mean()).round(4)]

@@ -43,7 +43,7 @@ class Refinement:
     samples: int = 1024
     grids: int = 3
     sparsities: int = 3
-    plans: int = 32
+    plans: int = 24
     temperature: float = 4.0
     compensation: Compensation | None = field(default_factory=Compensation)
 

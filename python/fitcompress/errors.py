@@ -1,4 +1,4 @@
-"""The errors that the package raises on purpose, each with a remedy in its text."""
+"""The errors and warnings of the package, each with a remedy in its text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ __all__ = [
     "EmptyLoaderError",
     "FitcompressError",
     "FormatError",
+    "MemorisedDataWarning",
     "MissingDependencyError",
     "NoCompressibleLayerError",
     "NonFiniteError",
@@ -47,6 +48,10 @@ class FitcompressError(Exception):
         if fix is not None:
             text += f". To fix it: {fix}"
         super().__init__(text)
+
+
+class MemorisedDataWarning(UserWarning):
+    """The network has memorised the data that its sensitivity is measured on."""
 
 
 class NoCompressibleLayerError(FitcompressError, ValueError):

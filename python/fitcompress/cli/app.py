@@ -13,6 +13,7 @@ from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.versions import __version__
 
 __all__ = [
+    "AugmentOption",
     "DataOption",
     "DatasetOption",
     "JsonOption",
@@ -55,6 +56,13 @@ DatasetOption = Annotated[str, typer.Option("--dataset", help="digits or cifar10
 DataOption = Annotated[
     Path | None,
     typer.Option("--data", help="Folder of the data set.", envvar="FITCOMPRESS_DATA"),
+]
+AugmentOption = Annotated[
+    bool,
+    typer.Option(
+        "--augment/--no-augment",
+        help="Augment the training images as in training; plain ones are memorised.",
+    ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="File to write.")]
 SizeOption = Annotated[

@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from typing import NoReturn
+import warnings
+from typing import NoReturn, TextIO
 
 from rich.console import Console
 
@@ -24,6 +25,7 @@ def main() -> None:
     on the standard error stream; 2 wrong usage; 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.showwarning = _warn
     try:
         app(standalone_mode=True)
     except FitcompressError as error:
@@ -38,6 +40,18 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             _interrupted()
         raise
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as log lines are shown, without the line of code behind it."""
+    logging.getLogger(category.__name__).warning("%s", message)
 
 
 def _interrupted() -> NoReturn:

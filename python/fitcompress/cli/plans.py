@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from fitcompress.cli.app import (
+    AugmentOption,
     DataOption,
     DatasetOption,
     JsonOption,
@@ -129,6 +130,7 @@ def measure(
             "under a bound on bit operations."
         ),
     ] = "",
+    augment: AugmentOption = True,
     refine: Annotated[
         bool,
         typer.Option(
@@ -153,7 +155,7 @@ def measure(
         if model is not None or weights is not None or dataset is not None:
             message = "--shards takes the place of --model, --weights and --dataset"
             raise typer.BadParameter(message)
-        for name in ("samples", "data", "seed"):
+        for name in ("samples", "data", "seed", "augment"):
             given = context.get_parameter_source(name)
             if given is not None and given.name == "COMMANDLINE":
                 message = f"--shards are measured without data: leave --{name} out"
@@ -168,7 +170,8 @@ def measure(
         check_data(network, source)
         table = measure_sensitivity(
             network,
-            source.calibration(seed),
+            source.calibration(seed, augment=augment),
+            validation=source.validating(),
             samples=samples,
             activation_bits=_numbers(activation_bits),
             refine=Refinement() if refine else None,
@@ -189,8 +192,24 @@ def measure(
         f"{table.samples} samples, loss {table.loss:.4f}, {levels} levels a layer"
     )
     console.print(f"wrote {out}")
+    for name, values in table.provenance.get("calibrated", {}).items():
+        if isinstance(values, dict) and values.get("spearman") is not None:
+            console.print(
+                f"{name}: predicted against measured loss rise of {values['plans']} "
+                f"random plans, each left out of the fit: rank correlation "
+                f"{values['spearman_before']:.2f} ⇒ {values['spearman']:.2f}, off by "
+                f"{100 * values['log_error']:.0f} %"
+            )
     traces = dict(zip(table.names, table.fisher_trace.tolist(), strict=True))
-    emit(json, {"samples": table.samples, "loss": table.loss, "fisher_trace": traces})
+    emit(
+        json,
+        {
+            "samples": table.samples,
+            "loss": table.loss,
+            "fisher_trace": traces,
+            **table.provenance,
+        },
+    )
 
 
 @app.command()

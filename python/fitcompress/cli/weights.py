@@ -10,6 +10,7 @@ import typer
 from torch import nn
 
 from fitcompress.cli.app import (
+    AugmentOption,
     DataOption,
     DatasetOption,
     JsonOption,
@@ -91,6 +92,7 @@ def compress(
     drift: DriftOption = USUAL.drift,
     beam: BeamOption = USUAL.beam,
     bias: BiasOption = USUAL.bias,
+    augment: AugmentOption = True,
     seed: SeedOption = COMPRESS["seed"],
     json: JsonOption = None,
 ) -> None:
@@ -102,7 +104,7 @@ def compress(
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
     check_data(network, source)
-    loader = source.calibration(seed)
+    loader = source.calibration(seed, augment=augment)
     small = compress_model(
         network,
         loader,
@@ -127,6 +129,7 @@ def apply(
     drift: DriftOption = USUAL.drift,
     beam: BeamOption = USUAL.beam,
     bias: BiasOption = USUAL.bias,
+    augment: AugmentOption = True,
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
@@ -138,7 +141,7 @@ def apply(
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
     check_data(network, source)
-    loader = source.calibration(seed)
+    loader = source.calibration(seed, augment=augment)
     small = apply_plan(
         network,
         chosen,

@@ -45,13 +45,21 @@ class Dataset:
             seed=seed,
         )
 
-    def calibration(self, seed: int = 0) -> Batches:
-        """Return training batches to calibrate and measure with, augmented.
+    def calibration(self, seed: int = 0, *, augment: bool = True) -> Batches:
+        """Return training batches to calibrate and measure with.
 
-        On plain training images, which the network has memorised, sensitivities come
-        out far too small.
+        Args:
+            seed: Of the order and the augmentation.
+            augment: Whether to augment as in training. On plain training images, which
+                the network has memorised, sensitivities come out far too small.
         """
-        return self.training(batch_size=128, seed=seed + 17)
+        return Batches(
+            *self.train,
+            batch_size=128,
+            shuffle=True,
+            augment=self.augment if augment else None,
+            seed=seed + 17,
+        )
 
     def validating(self) -> Batches:
         """Return the validation batches."""

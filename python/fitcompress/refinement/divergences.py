@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fitcompress.sensitivity.labels import logits_of
-from fitcompress.train.evaluation import check_logits
+from fitcompress.sensitivity.labels import check_logits, logits_of
 
 if TYPE_CHECKING:
     from typing import Any

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fitcompress.errors import DataError, NonFiniteError
 
-__all__ = ["logits_of", "sampled_label_loss"]
+__all__ = ["check_logits", "logits_of", "sampled_label_loss"]
 
 
 def logits_of(output: Any) -> Any:
@@ -23,6 +23,24 @@ def logits_of(output: Any) -> Any:
     if isinstance(output, tuple) and output:
         return output[0]
     return output
+
+
+def check_logits(out: Any) -> torch.Tensor:
+    """Return a model's output if it is a tensor of logits, classes last.
+
+    Images, [B, classes, H, W] and more, have their classes moved there.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
+        return out.movedim(1, -1) if out.dim() > 3 else out
+    raise DataError(
+        "the model's output cannot be used as logits",
+        got=tuple(out.shape) if torch.is_tensor(out) else type(out).__name__,
+        wanted="a float tensor [samples, …, classes]",
+        fix="wrap the model so that it returns its logits",
+    )
 
 
 def sampled_label_loss(

@@ -29,6 +29,7 @@ from fitcompress.sensitivity.levels import (
     default_grids,
     layer_sparsities,
 )
+from fitcompress.sensitivity.memorised import compare_losses
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
@@ -55,6 +56,7 @@ def measure(
     sparsities: Sequence[float] = SPARSITIES,
     activation_bits: int | Iterable[int] = (),
     refine: Refinement | None = None,
+    validation: Iterable[Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -85,12 +87,18 @@ def measure(
             second time; what can be read only once, as a generator, is kept in memory.
         refine: Correct the distortions by measured loss rises of single layers, see
             :func:`fitcompress.refine`. Takes minutes.
+        validation: Data that the network has not seen, to tell whether it has memorised
+            those of ``loader``: the mean losses of both are compared.
         checkpoint: File to save progress to and resume from; removed at the end.
         seed: Seeds the sampled labels.
         progress: Show a bar with the time left.
 
     Returns:
         The table, independent of any budget.
+
+    Warns:
+        MemorisedDataWarning: The mean loss on ``loader`` is less than half of that on
+            ``validation``.
 
     Raises:
         NoCompressibleLayerError: The model has nothing to compress.
@@ -127,7 +135,8 @@ def measure(
         check_inputs(model, layers, x, y, loss_fn or sampled(x[:2], seed, 0))
     del x, y
     again: Iterable[Any] = loader
-    if (bits or refine) and isinstance(loader, Iterator):  # cannot be read twice
+    once = isinstance(loader, Iterator)  # cannot be read twice
+    if (bits or refine or validation is not None) and once:
         batches, again = itertools.tee(batches)
     moments = estimate(
         FisherEstimator(
@@ -144,10 +153,18 @@ def measure(
         seed=seed,
         progress=progress,
     )
+    losses: dict[str, float | str] = {}
+    if validation is not None:
+        inputs = again
+        if (refine or bits) and once:
+            inputs, again = itertools.tee(again)
+        losses = compare_losses(
+            model, inputs, validation, loss_fn, samples, progress=progress
+        )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
     if bits:
         inputs = again
-        if refine and isinstance(again, Iterator):
+        if refine and once:
             inputs, again = itertools.tee(again)
         histograms = input_histograms(
             model, layers, take(inputs, samples), samples=samples, progress=progress
@@ -166,7 +183,11 @@ def measure(
         dense_bytes=dense_bytes(model),
         samples=moments.samples,
         loss=moments.loss / moments.samples,
-        provenance={"labels": "sampled" if loss_fn is None else "data", "seed": seed},
+        provenance={
+            "labels": "sampled" if loss_fn is None else "data",
+            "seed": seed,
+            **({"losses": losses} if losses else {}),
+        },
         **table,
     )
     if refine is not None:

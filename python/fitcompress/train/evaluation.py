@@ -14,6 +14,7 @@ from fitcompress.data.batches import take
 from fitcompress.errors import DataError, NonFiniteError
 from fitcompress.model.modes import evaluating
 from fitcompress.progress import track
+from fitcompress.sensitivity.labels import check_logits
 from fitcompress.train.devices import device_of, to_device
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Score", "check_logits", "divergence", "evaluate", "length_of"]
+__all__ = ["Score", "divergence", "evaluate", "length_of"]
 
 
 @dataclass(frozen=True)
@@ -119,24 +120,6 @@ def divergence(
             total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
             count += p.numel() // p.shape[-1]
     return total / count
-
-
-def check_logits(out: Any) -> torch.Tensor:
-    """Return a model's output if it is a tensor of logits, classes last.
-
-    Images, [B, classes, H, W] and more, have their classes moved there.
-
-    Raises:
-        DataError: It is something else.
-    """
-    if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
-        return out.movedim(1, -1) if out.dim() > 3 else out
-    raise DataError(
-        "the model's output cannot be used as logits",
-        got=tuple(out.shape) if torch.is_tensor(out) else type(out).__name__,
-        wanted="a float tensor [samples, …, classes]",
-        fix="wrap the model so that it returns its logits",
-    )
 
 
 def _labels(y: Any, out: torch.Tensor) -> torch.Tensor:

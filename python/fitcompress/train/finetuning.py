@@ -37,10 +37,11 @@ from fitcompress.quantize import (
 )
 from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.search import Budget
+from fitcompress.sensitivity.labels import check_logits
 from fitcompress.storage.save_load import packed_bytes
 from fitcompress.threads import FIXED, threads
 from fitcompress.train.devices import device_of, to_device
-from fitcompress.train.evaluation import check_logits, divergence, length_of
+from fitcompress.train.evaluation import divergence, length_of
 from fitcompress.train.rate_control import RateControl
 from fitcompress.train.training_state import TrainingState
 

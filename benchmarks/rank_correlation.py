@@ -1,20 +1,27 @@
 """Which sensitivity ranks plans as the true loss rise does, and chooses the best one?
 
     python benchmarks/rank_correlation.py --data DIR --weights resnet20-12fca82f.th
-        [--network resnet20] [--plans 50] [--averages 3 2.5] [--rounded] [--json F]
+        [--network resnet20 | resnet56 | digits] [--plans 100] [--regimes bits joint …]
+        [--averages 3 2.5] [--sizes 7% 4.6% 3.4%] [--draws 3] [--tune 6400]
+        [--cache FILE] [--json FILE] [--figure FILE]
 
-Fixed-point grids of 6 to 2 bits a layer. Random plans give the rank correlation of the
-predicted with the true loss rise, with its 95 % bootstrap interval, and the ratio of
-the two; then every sensitivity chooses a plan for an average number of bits, by weights
-(size) and by operations (bops), with the same exact solver. The true loss rise is the
-KL divergence from the dense network on test images that nothing else has seen; plans
-are compensated with 1024 augmented training images, or rounded.
+Random plans give the rank correlation of the predicted with the true loss rise, with
+its 95 % bootstrap interval, and the ratio of the two. Regimes: fixed-point grids of 6
+to 2 bits, with activation bits, with sparsity up to .7, or of 3 and 2 bits;
+compensated, rounded, or rounded with batch norms estimated anew.
+
+Then every sensitivity chooses a plan for an average number of bits, by weights (size)
+and by operations (bops), and entropy-coded steps for a share of the bytes, with the
+same exact solver. Outcomes are means over draws of the images that compensate: one draw
+scatters by 5 to 6 %. The true loss rise is the KL divergence from the dense network on
+test images that nothing else has seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,91 +29,87 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import fitcompress as fc
-from fitcompress import ops
 from fitcompress.cli.models import trained_model
 from fitcompress.data import load_dataset
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import count_macs
 from fitcompress.progress import track
 from fitcompress.search.optimum import solve
-from fitcompress.train.evaluation import divergence
+from plan_outcomes import Cell, Outcomes, plan_of
+from sensitivities import DEFAULT, OUTPUT_RULES, from_outputs, from_weights, ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-    from torch import nn
 
-    from fitcompress.data.dataset import Dataset
+    Reals = NDArray[np.float64]
+    Choice = NDArray[np.int64]
 
 BITS = (6, 5, 4, 3, 2)
 GRIDS = [fc.Grid(bits=bits) for bits in BITS]
+SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7)
+ACTIVATIONS = (8, 6, 4)
 HELD_OUT = 2000  # of the test images, for sensitivities measured on them
-SAMPLES = 2048  # of a refinement: half of them compensate, half are measured on
 DRAWS = 1000  # of the bootstrap
 
-Table = tuple[str, "NDArray[np.float64]"]
+Table = tuple[str, "Reals"]
 
 
-def tables(model: nn.Module, source: Dataset, *, compensated: bool) -> list[Table]:
-    """Return the sensitivities to compare, [L, bits] each."""
-    fisher = fc.measure(
-        model, source.calibration(), grids=GRIDS, sparsities=(0.0,), samples=512
-    )
-    weights = [layer.matrix() for layer in compressible_layers(model)]
-    error = [ops.distortion_table(w, None, BITS, [], [0.0]) for w in weights]
-    share = fisher.sizes / fisher.sizes.sum()
-    found = [
-        ("average bits", share[:, None] * -np.array(BITS, dtype=np.float64)),
-        ("squared error", np.stack([e.distortion.numpy()[:, 0] for e in error])),
-        ("Fisher", fisher.distortion[:, :, 0]),
+@dataclass(frozen=True)
+class Regime:
+    """Levels that random plans draw from, and how plans are applied."""
+
+    cells: list[Cell]
+    errors: str
+
+
+def regimes() -> dict[str, Regime]:
+    """Return them by name."""
+    bits = [Cell(g) for g in range(len(BITS))]
+    joint = [Cell(g, s) for g in range(len(BITS)) for s in range(len(SPARSITIES))]
+    inputs = [
+        Cell(g, 0, a) for g in range(len(BITS)) for a in range(1, 1 + len(ACTIVATIONS))
     ]
-    compensation = fc.Compensation() if compensated else None
-    held_out = [source.test[0][i : i + 128] for i in range(0, HELD_OUT, 128)]
-    for images, loader in (
-        ("training", source.calibration(99)),
-        ("held out", held_out),
-    ):
-        for temperature in (1.0, 4.0):
-            options = fc.Refinement(
-                samples=SAMPLES,
-                grids=len(BITS),
-                sparsities=0,
-                temperature=temperature,
-                compensation=compensation,
-            )
-            refined = fc.refine(fisher, model, loader, refinement=options)
-            name = f"single layers, τ={temperature:g}, {images}"
-            found.append((name, refined.distortion[:, :, 0]))
-    return found
+    return {
+        "bits": Regime(bits, "compensated"),
+        "joint": Regime(joint, "compensated"),
+        "activations": Regime(inputs, "compensated"),
+        "low": Regime(bits[-2:], "compensated"),
+        "rounded": Regime(bits, "rounded"),
+        "rounded, 3 to 6 bits": Regime(bits[:-1], "rounded"),
+        "rounded, joint": Regime(joint, "rounded"),
+        "renormed": Regime(bits, "renormed"),
+        "renormed, joint": Regime(joint, "renormed"),
+    }
 
 
-def plan_of(model: nn.Module, choice: NDArray[np.int64]) -> fc.Plan:
-    """Return the plan that gives layer l its choice[l]-th number of bits."""
-    layers = compressible_layers(model)
-    return fc.Plan(
-        {
-            layer.name: fc.Level(GRIDS[int(k)], 0.0, tuple(layer.shape))
-            for layer, k in zip(layers, choice, strict=True)
-        }
-    )
-
-
-def predicted(table: NDArray[np.float64], choice: NDArray[np.int64]) -> float:
+def predicted(table: Reals, choice: Choice) -> float:
     """Return the sum over the layers."""
     return float(table[np.arange(len(table)), choice].sum())
 
 
 def correlations(
     found: list[Table],
-    choices: NDArray[np.int64],
-    truth: NDArray[np.float64],
+    choices: Choice,
+    truth: Reals,
+    guesses: dict[str, Reals] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return rank correlation, interval and ratios of every sensitivity."""
+    """Return rank correlation, interval and ratios of every sensitivity.
+
+    Args:
+        found: Tables, [L, cells] each.
+        choices: Plans, [P, L].
+        truth: True loss rises, [P].
+        guesses: Predictions, [P], that are no sums over layers.
+    """
     draws = np.random.default_rng(0).integers(0, len(truth), (DRAWS, len(truth)))
+    every = {
+        name: np.array([predicted(table, choice) for choice in choices])
+        for name, table in found
+    } | (guesses or {})
     rows = []
-    for name, table in found:
-        guess = np.array([predicted(table, choice) for choice in choices])
+    for name, guess in every.items():
         resampled = [spearmanr(guess[i], truth[i]).statistic for i in draws]
         low, high = np.nanquantile(resampled, [0.025, 0.975])
         ratio = truth / guess
@@ -118,10 +121,11 @@ def correlations(
                 "true_over_predicted": [
                     float(x) for x in np.quantile(ratio, [0, 0.5, 1])
                 ],
+                "predicted": [float(x) for x in guess],
             }
         )
         print(
-            f"{name:36} Spearman {rows[-1]['spearman']:.3f} [{low:.2f}, {high:.2f}], "
+            f"  {name:36} Spearman {rows[-1]['spearman']:.3f} [{low:.2f}, {high:.2f}], "
             f"true/predicted {np.median(ratio):.3g} ({ratio.min():.3g} … "
             f"{ratio.max():.3g})"
         )
@@ -130,14 +134,14 @@ def correlations(
 
 def decisions(
     found: list[Table],
-    cost: NDArray[np.int64],
+    cost: Choice,
     average: float,
-    true: Callable[[NDArray[np.int64]], float],
+    true: Callable[[Choice], float],
 ) -> dict[str, float]:
     """Return the true loss rise of the plan that every sensitivity chooses.
 
     Args:
-        found: The sensitivities.
+        found: The sensitivities, a column for each of `BITS`.
         cost: Weights or operations of every layer, [L].
         average: Bits, on average over the cost.
         true: Plan → true loss rise.
@@ -152,54 +156,221 @@ def decisions(
     return result
 
 
+class Comparison:
+    """One network, its sensitivities, and what plans really do to it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model = trained_model(arguments.network, arguments.weights)
+        name = "digits" if arguments.network == "digits" else "cifar10"
+        self.source = load_dataset(name, arguments.data)
+        total = len(self.source.test[0])
+        held = min(HELD_OUT, total // 2)
+        self.held_out = self.source.test[0][:held]
+        images = slice(held, min(total, held + arguments.images))
+        self.outcomes = Outcomes(self.model, self.source, images, arguments.cache)
+        self.draws = arguments.draws
+        self.fisher = fc.measure(
+            self.model,
+            self.source.calibration(),
+            grids=GRIDS,
+            sparsities=SPARSITIES,
+            activation_bits=ACTIVATIONS if "activations" in arguments.regimes else (),
+            samples=512,
+            progress=False,
+        )
+        self.plain = from_weights(
+            self.model, self.source, self.fisher, SPARSITIES, self.held_out
+        )
+        self._measured: dict[bool, Any] = {}
+
+    def measured(self, *, compensated: bool) -> Any:
+        """Return tables that depend on how errors are treated, once."""
+        if compensated not in self._measured:
+            outputs = from_outputs(
+                self.model, self.source, self.fisher, compensated=compensated
+            )
+            tables = ours(
+                self.model,
+                self.source.calibration(7),
+                self.fisher,
+                compensated=compensated,
+            )
+            options = fc.Compensation() if compensated else None
+            tables[f"{DEFAULT}, held out"] = fc.refine(
+                self.fisher,
+                self.model,
+                self.held_out.split(128),
+                refinement=fc.Refinement(compensation=options),
+                progress=False,
+            )
+            self._measured[compensated] = outputs, tables
+        return self._measured[compensated]
+
+    def tables(self, *, compensated: bool) -> dict[str, Reals]:
+        """Return all tables, [L, G, S]."""
+        (output, _, _), refined = self.measured(compensated=compensated)
+        return (
+            self.plain
+            | output
+            | {name: table.distortion for name, table in refined.items()}
+        )
+
+    def correlate(self, name: str, count: int) -> dict[str, Any]:
+        """Return how well all sensitivities rank random plans of one regime."""
+        regime = regimes()[name]
+        compensated = regime.errors == "compensated"
+        layers = len(self.fisher.names)
+        choices = np.random.default_rng(1).integers(
+            0, len(regime.cells), (count, layers)
+        )
+        truth = np.array(
+            [
+                self.outcomes.of(
+                    plan_of(self.fisher, regime.cells, choice), regime.errors
+                ).divergence
+                for choice in track(choices, name, count)
+            ]
+        )
+        grids, sparsities, inputs = np.array(regime.cells).T
+        extra = self.fisher.activation_distortion[:, inputs]
+        found = [
+            (each, table[:, grids, sparsities] + extra)
+            for each, table in self.tables(compensated=compensated).items()
+        ]
+        (_, moved, p), _ = self.measured(compensated=compensated)
+        cells = grids * len(SPARSITIES) + sparsities
+        rows = np.arange(layers)
+        together = [moved[rows, cells[choice]].sum(0) for choice in choices]
+        print(f"{name}: {count} plans, KL {truth.min():.3g} … {truth.max():.3g}")
+        guesses = {OUTPUT_RULES[2]: np.array([_gauss_newton(p, d) for d in together])}
+        return {
+            "true": truth.tolist(),
+            "rows": correlations(found, choices, truth, guesses),
+        }
+
+    def decide(self, kind: str, average: float, tune: int) -> dict[str, float]:
+        """Return mean outcomes of the plans for an average number of bits."""
+        layers = compressible_layers(self.model)
+        cost = np.array([layer.size for layer in layers])
+        if kind == "bops":
+            macs = count_macs(self.model, self.source.test[0][:1])
+            cost = np.array([macs[layer.name] for layer in layers])
+        cells = [Cell(g) for g in range(len(BITS))]
+        found = [(n, t[:, :, 0]) for n, t in self.tables(compensated=True).items()]
+
+        def true(choice: Choice) -> float:
+            plan = plan_of(self.fisher, cells, choice)
+            return self.mean(plan, tune)
+
+        return decisions(found, cost, average, true)
+
+    def mean(self, plan: fc.Plan, tune: int) -> float:
+        """Return the divergence of a plan, mean over draws."""
+        found = [
+            self.outcomes.of(plan, "compensated", draw=draw, tune=tune).divergence
+            for draw in range(self.draws)
+        ]
+        return float(np.mean(found))
+
+    def decide_steps(self, size: str, tune: int) -> dict[str, float]:
+        """Return mean outcomes of entropy-coded plans for a share of the bytes."""
+        loader = self.source.calibration
+        table = fc.measure(self.model, loader(), samples=512, progress=False)
+        refined = fc.refine(table, self.model, loader(7), progress=False)
+        budget = fc.Budget(size=size)
+        law = fc.search(table, budget)
+        steps = sorted(level.grid.step or 0.0 for level in law.levels.values())
+        middle = fc.Grid(step=steps[len(steps) // 2])
+        one = replace(
+            law,
+            levels={n: replace(x, grid=middle) for n, x in law.levels.items()},
+        )
+        plans = {
+            "one global step": one,
+            "high resolution": law,
+            "Fisher diagonal, augmented": fc.search(
+                table, budget, method=fc.methods.Optimal("rounded", fisher_power=1)
+            ),
+            DEFAULT: fc.search(refined, budget),
+        }
+        return {name: self.mean(plan, tune) for name, plan in plans.items()}
+
+
+def _gauss_newton(p: NDArray[np.float32], d: NDArray[np.float32]) -> float:
+    return float(0.5 * ((p * d * d).sum(-1) - (p * d).sum(-1) ** 2).mean())
+
+
+def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
+    """Draw predicted against true loss rises, log-log, a panel for each metric."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    found = result[regime]
+    shown = [row for row in found["rows"] if min(row["predicted"]) > 0]
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.6 * rows), sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, row in zip(axes.flat, shown, strict=False):
+        axis.loglog(row["predicted"], found["true"], ".", markersize=3)
+        ends = [min(row["predicted"]), max(row["predicted"])]
+        axis.loglog(ends, ends, color="0.6", linewidth=0.8)
+        axis.set_title(f"{row['sensitivity']}\nρ = {row['spearman']:.2f}", fontsize=7)
+        axis.tick_params(labelsize=6)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("true KL, nats", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Measure, compare and print."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--data", required=True, type=Path, help="CIFAR-10, binary")
+    options.add_argument("--data", type=Path, help="CIFAR-10, binary")
     options.add_argument("--weights", required=True, type=Path)
     options.add_argument("--network", default="resnet20")
-    options.add_argument("--plans", type=int, default=50)
+    options.add_argument("--plans", type=int, default=100)
+    options.add_argument("--regimes", nargs="*", default=["bits", "joint", "rounded"])
     options.add_argument("--averages", type=float, nargs="*", default=[3.0, 2.5])
-    options.add_argument("--rounded", action="store_true", help="do not compensate")
+    options.add_argument("--sizes", nargs="*", default=["7%", "4.6%", "3.4%"])
+    options.add_argument("--draws", type=int, default=3)
+    options.add_argument("--images", type=int, default=4000, help="that score")
+    options.add_argument("--tune", type=int, default=0, help="images, also after that")
+    options.add_argument("--cache", type=Path, help="keeps outcomes of plans")
     options.add_argument("--json", type=Path)
+    options.add_argument("--figure", type=Path, help="of the first regime")
     arguments = options.parse_args()
-    model = trained_model(arguments.network, arguments.weights)
-    source = load_dataset("cifar10", arguments.data)
-    images = source.test[0][HELD_OUT:]
-    test = [images[i : i + 500] for i in range(0, len(images), 500)]
-    calibrate = None if arguments.rounded else source.calibration()
-    known: dict[tuple[int, ...], float] = {}
-
-    def true(choice: NDArray[np.int64]) -> float:
-        key = tuple(int(k) for k in choice)
-        if key not in known:
-            plan = plan_of(model, choice)
-            small = fc.apply(model, plan, calibrate, progress=False)
-            known[key] = divergence(model, small, test)
-        return known[key]
-
-    found = tables(model, source, compensated=not arguments.rounded)
+    comparison = Comparison(arguments)
     result: dict[str, Any] = {"network": arguments.network}
-    layers = len(found[0][1])
-    if arguments.plans > 2:
-        random = np.random.default_rng(0)
-        choices = random.integers(0, len(BITS), (arguments.plans, layers))
-        truth = np.array([true(c) for c in track(choices, "plans", len(choices))])
-        result["random"] = correlations(found, choices, truth)
-    macs = count_macs(model, source.test[0][:1])
-    whole = compressible_layers(model)
-    costs = {
-        "size": np.array([layer.size for layer in whole]),
-        "bops": np.array([macs[layer.name] for layer in whole]),
-    }
-    for kind, cost in costs.items():
-        for average in arguments.averages:
-            chosen = decisions(found, cost, average, true)
-            result[f"{kind} {average:g}"] = chosen
-            for name, value in chosen.items():
-                print(f"{average:g} bits by {kind}, {name:36} KL {value:.4f}")
+    for name in arguments.regimes:
+        result[name] = comparison.correlate(name, arguments.plans)
+    for tune in sorted({0, arguments.tune}):
+        after = f", tuned on {tune}" if tune else ""
+        parts: dict[str, Callable[[], dict[str, float]]] = {}
+        for kind in ("size", "bops"):
+            for average in arguments.averages:
+                parts[f"{average:g} bits by {kind}{after}"] = (
+                    lambda kind=kind, average=average, tune=tune: comparison.decide(
+                        kind, average, tune
+                    )
+                )
+        for size in arguments.sizes:
+            parts[f"steps, {size}{after}"] = lambda size=size, tune=tune: (
+                comparison.decide_steps(size, tune)
+            )
+        for part, run in parts.items():
+            result[part] = run()
+            for name, value in result[part].items():
+                print(f"{part}: {name:36} KL {value:.4f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.figure and arguments.regimes:
+        draw_figure(result, arguments.regimes[0], arguments.figure)
 
 
 if __name__ == "__main__":

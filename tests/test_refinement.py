@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.levels import level_weights, swapped
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import Outlet
@@ -256,6 +257,51 @@ def test_a_state_of_something_else_is_not_used(
     with caplog.at_level(logging.WARNING):
         refine(table, net, loader, refinement=FEW, checkpoint=file, progress=False)
     assert "damaged" in caplog.text
+
+
+def test_the_cost_is_known_before(net, loader, table, monkeypatch, caplog) -> None:
+    runs, plans = [], []
+    once, at = Replay.run_from, Compressor.at
+    monkeypatch.setattr(Replay, "run_from", lambda *a: (runs.append(1), once(*a))[1])
+    monkeypatch.setattr(
+        Compressor, "at", lambda *a, **k: (plans.append(1), at(*a, **k))[1]
+    )
+    options = dataclasses.replace(FEW, plans=8)
+    with caplog.at_level(logging.INFO, logger="fitcompress.refinement"):
+        refine(table, net, loader, refinement=options, progress=False)
+    batches = len(used_to_measure(loader))
+    cost = options.forward_passes(table)
+    assert cost == len(runs) // batches + len(plans)
+    assert len(plans) == 16
+    assert f"{cost} forward passes over 16 samples" in caplog.text
+
+
+def test_levels_and_plans_resume_together(
+    net, loader, table, tmp_path, monkeypatch
+) -> None:
+    options = dataclasses.replace(FEW, plans=8, compensation=None)
+    wanted = refine(table, net, loader, refinement=options, progress=False)
+    file, plans, at = tmp_path / "state", [], Compressor.at
+
+    def killed(*args, **named):
+        plans.append(1)
+        if len(plans) == 5:
+            raise KeyboardInterrupt
+        return at(*args, **named)
+
+    monkeypatch.setattr(Compressor, "at", killed)
+    with pytest.raises(KeyboardInterrupt):
+        refine(table, net, loader, refinement=options, checkpoint=file, progress=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    runs, once = [], Replay.run_from
+    monkeypatch.setattr(Replay, "run_from", lambda *a: (runs.append(1), once(*a))[1])
+    found = refine(
+        table, net, loader, refinement=options, checkpoint=file, progress=False
+    )
+    assert not runs
+    assert len(plans) == 5 + 16 - 4
+    assert np.array_equal(found.distortion, wanted.distortion)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_unchanged(net, loader, table) -> None:

@@ -162,7 +162,9 @@ def _loss_rises(
     count = len(next(iter(made.values())))
     done, sums = file.load((len(heats), len(layers), count))
     total, rows = len(batches) * len(layers) * count, 0
-    with Bar("refine: loss rises", total, enabled=progress) as bar:
+    passes, samples = len(layers) * count, sum(len(x) for x in batches)
+    title = f"refine: {passes} forward passes over {samples} inputs"
+    with Bar(title, total, enabled=progress) as bar:
         bar.advance(done * len(layers) * count)
         for number, x in enumerate(batches):
             with Replay(folded, modules, x) as replay:

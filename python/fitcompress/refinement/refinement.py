@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate.options import Compensation
 from fitcompress.data.batches import take
 from fitcompress.errors import OptionError
+from fitcompress.refinement.anchors import anchors
 from fitcompress.refinement.calibration import LEAST_PLANS, calibrate
 from fitcompress.refinement.measured import measure_levels
 from fitcompress.refinement.progress_file import ProgressFile
+from fitcompress.refinement.random_plans import families
 
 if TYPE_CHECKING:
     import os
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["Refinement", "refine"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,19 @@ class Refinement:
             raise OptionError("plans", got=self.plans, wanted=wanted)
         if not 1 <= self.temperature <= 1e3:
             raise OptionError("temperature", got=self.temperature, wanted="1 to 1000")
+
+    def forward_passes(self, sensitivity: Sensitivity) -> int:
+        """Return how many forward passes over half of the samples this takes.
+
+        One for each layer and level, from that layer on, and one for each plan.
+        Compensation comes on top: two passes over the other half of the samples for all
+        levels of all layers, and two for each plan.
+        """
+        levels = 0
+        if self.grids:
+            levels = len(anchors(sensitivity, self.grids, self.sparsities))
+        plans = self.plans * len(families(sensitivity))
+        return levels * len(sensitivity.names) + plans
 
     def correct(
         self,
@@ -128,6 +146,11 @@ def refine(
     options = refinement or Refinement()
     inputs = [x for x, _ in take(loader, options.samples)]
     file = ProgressFile(checkpoint)
+    logger.info(
+        "refine: %d forward passes over %d samples",
+        options.forward_passes(sensitivity),
+        sum(len(x) for x in inputs) // 2,
+    )
     if options.grids:
         sensitivity = measure_levels(
             sensitivity, model, inputs, options, file=file, progress=progress

@@ -5,7 +5,7 @@
 50
 """
 
-from fitcompress import masks, methods, ops
+from fitcompress import methods, ops
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
@@ -41,7 +41,6 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
-    "masks",
     "measure",
     "measure_fisher",
     "measure_shards",

@@ -31,7 +31,6 @@ from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.data.batches import digest
 from fitcompress.errors import CalibrationError
 from fitcompress.files import check_writable
-from fitcompress.masks import importances
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
 from fitcompress.model.costs import overhead_bytes
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fitcompress.compensate.calibration import Calibration
-    from fitcompress.masks import MaskRule
     from fitcompress.search.plan import Level, Plan
 
 __all__ = ["Compressor", "apply"]
@@ -68,7 +66,6 @@ def apply(
     *,
     samples: int | None = 1024,
     compensation: Compensation | None = None,
-    masks: MaskRule | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -94,9 +91,6 @@ def apply(
             labels; a thousand are plenty.
         samples: How many to use, None for all.
         compensation: What compensation does; None for the defaults.
-        masks: In which order the masks of the plan drop weights, one of
-            :mod:`fitcompress.masks`. None: with calibration data by what dropping them
-            costs once the others have made up for it, without by magnitude.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
 
@@ -119,7 +113,6 @@ def apply(
         calibrate,
         samples=samples,
         compensation=compensation,
-        masks=masks,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -138,7 +131,6 @@ class Compressor:
         calibrate: Calibration batches, or None for plain rounding.
         samples: How many to use.
         compensation: What compensation does.
-        masks: Order in which masks drop weights.
         checkpoint: Where finished layers are saved.
         progress: Show a bar.
     """
@@ -151,7 +143,6 @@ class Compressor:
         *,
         samples: int | None = None,
         compensation: Compensation | None = None,
-        masks: MaskRule | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
@@ -167,7 +158,6 @@ class Compressor:
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
-        self._importance = importances(masks, self.layers)
         self._folded = copy_of(self.model)
         fold_norms_(self._folded)
         round_leftovers_(self._folded, [layer.weight for layer in self.layers])
@@ -199,8 +189,6 @@ class Compressor:
         crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
         for x in self.calibration.batches if self.calibration else []:
             crc = digest(x, crc)
-        for name, values in self._importance.items():
-            crc = digest(values, zlib.crc32(name.encode(), crc))
         return f"{fingerprint(self.model, self.layers)}-{crc:08x}"
 
     def at(self, pace: Pace, *, pilot: bool = False) -> nn.Module:
@@ -221,7 +209,7 @@ class Compressor:
                         self.plan.levels[layer.name], pace.factor(layer.name)
                     )
                     levels[layer.name] = level
-                    made = self._rounded(layer, level)
+                    made = rounded(layer, level)
                     self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
@@ -291,7 +279,7 @@ class Compressor:
     ) -> Quantized:
         """Compensate one layer, given its inputs in both networks."""
         if layer.one_hot:  # H is diagonal: nothing can make up for an error
-            return self._rounded(layer, level)
+            return rounded(layer, level)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
@@ -315,12 +303,8 @@ class Compressor:
             options,
             biased=outlet.module is not None,
             scalable=outlet.norm,
-            importance=self._importance.get(layer.name),
             name=layer.name,
         )
-
-    def _rounded(self, layer: Layer, level: Level) -> Quantized:
-        return rounded(layer, level, self._importance.get(layer.name))
 
     def _attach(self, small: nn.Module, layer: Layer, made: Quantized) -> None:
         weight = made.codes.float() * made.scale.reshape(-1, 1)
@@ -337,7 +321,7 @@ class Compressor:
         """Return the bits that the coder needs for codes that were merely rounded."""
         levels = self.plan.levels
         return 8.0 * sum(
-            _coded_bytes(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
+            _coded_bytes(rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 
@@ -345,7 +329,7 @@ class Compressor:
         """Return the bits of all codes by their entropy if they were merely rounded."""
         levels = self.plan.levels
         return sum(
-            entropy_bits(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
+            entropy_bits(rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fitcompress.compensate.masks import lowest_dropped, magnitude_mask
+from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.compensate.sweep import Quantized
 from fitcompress.quantize import row_scales
 
@@ -17,22 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["rounded"]
 
 
-def rounded(
-    layer: Layer, level: Level, importance: torch.Tensor | None = None
-) -> Quantized:
-    """Return the nearest codes of one layer; its mask keeps the most important weights.
-
-    Without ``importance``, [rows, columns], these are the largest.
-    """
+def rounded(layer: Layer, level: Level) -> Quantized:
+    """Return the nearest codes of one layer; its mask keeps the largest weights."""
     matrix = layer.matrix()
     scale, q = row_scales(matrix, level)
     scale = scale.to(matrix.device)
     safe = torch.where(scale > 0, scale, torch.inf).reshape(-1, 1)
     codes = (matrix / safe).round()
     codes = codes.clamp(-q, q) if q else codes
-    if importance is None:
-        mask = magnitude_mask(matrix, level.sparsity)
-    else:
-        mask = lowest_dropped(importance, level.sparsity)
+    mask = magnitude_mask(matrix, level.sparsity)
     codes = codes if mask is None else codes * mask
     return Quantized(codes.int(), scale, mask, None, None, 0.0, float("nan"))

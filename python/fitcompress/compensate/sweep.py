@@ -68,7 +68,6 @@ def quantize(
     *,
     biased: bool = False,
     scalable: bool = False,
-    importance: torch.Tensor | None = None,
     name: str = "",
 ) -> Quantized:
     """Return the compensated codes of one layer.
@@ -81,8 +80,6 @@ def quantize(
         options: What compensation does.
         biased: Whether something can restore the means of the outputs.
         scalable: Whether something can multiply the outputs.
-        importance: Order in which the level's mask drops weights, [rows, columns];
-            None: by what dropping them costs.
         name: Of the layer, for messages.
 
     Raises:
@@ -94,7 +91,7 @@ def quantize(
     problems = _problems(
         dense, fitted, held_out, level, options, name, centered=centered
     )
-    mask = prune_([p.target for p in problems], level.sparsity, importance)
+    mask = prune_([p.target for p in problems], level.sparsity)
     scale = _scale(problems, level, options, mask)
     codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
     shift = torch.zeros(dense.shape[:2], dtype=torch.float64, device=weight.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,14 +12,13 @@ from fitcompress.errors import OptionError
 from fitcompress.sensitivity.table import Grid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from fitcompress.model import Layer
 
 __all__ = [
     "BITS",
     "SPARSITIES",
-    "Allocation",
     "check_levels",
     "default_grids",
     "grids_from",
@@ -30,7 +29,6 @@ __all__ = [
     "sum_of_squares",
 ]
 
-Allocation = Literal["magnitude", "importance", "uniform"]
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 STEPS, OCTAVES, COARSEST = 49, 6.0, 4.0
@@ -119,47 +117,20 @@ def check_levels(
 
 
 def layer_sparsities(
-    layers: Sequence[Layer],
-    sparsities: Sequence[float],
-    allocation: Allocation = "magnitude",
-    importance: Mapping[str, torch.Tensor] | None = None,
+    layers: Sequence[Layer], sparsities: Sequence[float]
 ) -> list[list[float]]:
-    """Return the share of each layer that a sparsity of the network drops.
+    """Return the share of each layer that one magnitude threshold drops.
+
+    See `histogram_sparsities`.
 
     Args:
         layers: L layers.
         sparsities: S shares of all weights of the network, rising, from 0.
-        allocation: By one threshold for all layers on the ``"magnitude"`` or on the
-            ``"importance"`` of weights (`histogram_sparsities`), or ``"uniform"``, the
-            same share in every layer.
-        importance: Layer name → importances, [rows, columns].
 
     Returns:
         [L][S] shares, rising in S.
-
-    Raises:
-        OptionError: There is no such allocation, or no importance to allocate by.
     """
-    if allocation not in get_args(Allocation):
-        wanted = " or ".join(get_args(Allocation))
-        raise OptionError("allocation", got=allocation, wanted=wanted)
-    if allocation == "uniform":
-        dropped = [[int(s * layer.size) for s in sparsities] for layer in layers]
-        return [
-            [(n + 0.5) / layer.size if n else 0.0 for n in row]
-            for layer, row in zip(layers, dropped, strict=True)
-        ]
-    if allocation == "importance" and not importance:
-        raise OptionError(
-            "there is no importance to allocate by",
-            got="no mask rule",
-            wanted="allocation='magnitude', or a rule",
-            fix="measure(…, masks=…)",
-        )
-    by = importance if allocation == "importance" and importance else {}
-    counts = (
-        ops.magnitude_histogram(by.get(layer.name, layer.matrix())) for layer in layers
-    )
+    counts = (ops.magnitude_histogram(layer.matrix()) for layer in layers)
     return histogram_sparsities([each.cpu().to_sparse() for each in counts], sparsities)
 
 

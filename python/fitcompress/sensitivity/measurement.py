@@ -12,7 +12,6 @@ import numpy as np
 
 from fitcompress.data.batches import split_batch, take
 from fitcompress.files import check_writable
-from fitcompress.masks import importances
 from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
 from fitcompress.progress import Bar
@@ -26,7 +25,6 @@ from fitcompress.sensitivity.input_errors import (
 )
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
-    Allocation,
     check_levels,
     default_grids,
     layer_sparsities,
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fitcompress.masks import MaskRule
     from fitcompress.refinement import Refinement
     from fitcompress.sensitivity.moments import FisherMoments
 
@@ -57,8 +54,6 @@ def measure(
     samples: int | None = 512,
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    masks: MaskRule | None = None,
-    allocation: Allocation = "magnitude",
     activation_bits: int | Iterable[int] = (),
     refine: Refinement | None = None,
     validation: Iterable[Any] | None = None,
@@ -84,12 +79,8 @@ def measure(
         samples: How many samples to use, None for all.
         grids: Weight grids, each family from fine to coarse. None: 8 … 2 bits and 49
             steps.
-        sparsities: Shares of the network's weights that masks drop, rising, from 0.
-        masks: Which weights of a layer go first, one of :mod:`fitcompress.masks`. None:
-            the smallest |θ|, which costs far less than dropping the lowest F θ². Give
-            the same rule to :func:`fitcompress.apply`.
-        allocation: How layers share a sparsity: by one threshold on the ``"magnitude"``
-            or on the ``"importance"`` of all weights, or ``"uniform"``.
+        sparsities: Shares of the network's weights that masks drop, rising, from 0; the
+            smallest |θ| go first, which costs far less than dropping the lowest F θ².
         activation_bits: Bits that inputs of layers may have, one or falling, such as
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
             the network's input, and forward passes over the data, which are read a
@@ -132,8 +123,6 @@ def measure(
         else tuple(activation_bits)
     )
     check_levels(chosen, sparsities, bits)
-    importance = importances(masks, layers)
-    shares = layer_sparsities(layers, sparsities, allocation, importance)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
     first = list(itertools.islice(batches, 1))
     x, y = next(take(first, samples))
@@ -172,7 +161,7 @@ def measure(
         losses = compare_losses(
             model, inputs, validation, loss_fn, samples, progress=progress
         )
-    table = _table(layers, moments, chosen, shares, importance, progress=progress)
+    table = _table(layers, moments, chosen, sparsities, progress=progress)
     if bits:
         inputs = again
         if refine and once:
@@ -197,8 +186,6 @@ def measure(
         provenance={
             "labels": "sampled" if loss_fn is None else "data",
             "seed": seed,
-            "masks": "magnitude" if masks is None else masks.name,
-            "allocation": allocation,
             **({"losses": losses} if losses else {}),
         },
         **table,
@@ -221,17 +208,17 @@ def _table(
     layers: list[Layer],
     moments: FisherMoments,
     grids: tuple[Grid, ...],
-    shares: list[list[float]],
-    importance: dict[str, torch.Tensor],
+    sparsities: Sequence[float],
     *,
     progress: bool,
 ) -> dict[str, Any]:
     columns = TableColumns(grids)
+    shares = layer_sparsities(layers, sparsities)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
             fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            columns.add(layer.matrix(), fisher, share, importance.get(layer.name))
+            columns.add(layer.matrix(), fisher, share)
             bar.advance()
     return columns.stack()

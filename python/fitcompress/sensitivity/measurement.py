@@ -25,10 +25,12 @@ from fitcompress.sensitivity.input_errors import (
 )
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
+    allocated,
+    check_allocation,
     check_levels,
     default_grids,
-    layer_sparsities,
 )
+from fitcompress.sensitivity.mask_rules import Magnitude, check_rule, importance_of
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.refinement import Refinement
+    from fitcompress.sensitivity.levels import Allocation
+    from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.moments import FisherMoments
 
 __all__ = ["measure"]
@@ -54,6 +58,8 @@ def measure(
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
     activation_bits: int | Iterable[int] = (),
+    masks: MaskRule | None = None,
+    allocation: Allocation | None = None,
     refine: Refinement | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -77,12 +83,20 @@ def measure(
         samples: How many samples to use, None for all.
         grids: Weight grids, each family from fine to coarse. None: 8 … 2 bits and 49
             steps.
-        sparsities: Shares of the network's weights that masks drop, rising, from 0; the
-            smallest |θ| go first, which costs far less than dropping the lowest F θ².
+        sparsities: Shares of the network's weights that masks drop, rising, from 0.
         activation_bits: Bits that inputs of layers may have, one or falling, such as
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
             the network's input, and forward passes over the data, which are read a
             second time; what can be read only once, as a generator, is kept in memory.
+        masks: In what order the weights of a layer are dropped, a rule of
+            :mod:`fitcompress.masks`, to be given to :func:`fitcompress.apply` as well.
+            None: the smallest |θ| go first, which costs far less than dropping the
+            lowest F θ². A refinement knows no rules: it measures levels with the masks
+            that ``apply`` makes by itself.
+        allocation: How layers share a sparsity of the network: ``"magnitude"``, also
+            for None, one threshold of |θ| for all of them; ``"importance"``, one
+            threshold of what the rule makes of their weights; ``"uniform"``, the same
+            share in each.
         refine: Correct the distortions by measured loss rises of single layers, see
             :func:`fitcompress.refine`. Takes minutes.
         checkpoint: File to save progress to and resume from; removed at the end.
@@ -101,7 +115,9 @@ def measure(
             serve.
         UnsupportedLayerError: A layer mixes the samples of a batch; or its input cannot
             be quantized, with activation_bits, as the first batch shows.
-        OptionError: Grids, sparsities or activation bits are out of order.
+        OptionError: Grids, sparsities or activation bits are out of order, ``masks``
+            is no rule, or there is no such allocation.
+        PlanMismatchError: The rule for masks was measured on another model.
         OutputError: The checkpoint cannot be written.
     """
     layers = compressible_layers(model)
@@ -115,6 +131,10 @@ def measure(
         else tuple(activation_bits)
     )
     check_levels(chosen, sparsities, bits)
+    rule = Magnitude() if masks is None else masks
+    shared = "magnitude" if allocation is None else allocation
+    check_rule(rule, layers)
+    check_allocation(shared)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
     first = list(itertools.islice(batches, 1))
     x, y = next(take(first, samples))
@@ -144,7 +164,8 @@ def measure(
         seed=seed,
         progress=progress,
     )
-    table = _table(layers, moments, chosen, sparsities, progress=progress)
+    shares = allocated(layers, sparsities, rule, shared)
+    table = _table(layers, moments, chosen, shares, rule, progress=progress)
     if bits:
         inputs = again
         if refine and isinstance(again, Iterator):
@@ -166,7 +187,13 @@ def measure(
         dense_bytes=dense_bytes(model),
         samples=moments.samples,
         loss=moments.loss / moments.samples,
-        provenance={"labels": "sampled" if loss_fn is None else "data", "seed": seed},
+        provenance={
+            "labels": "sampled" if loss_fn is None else "data",
+            "seed": seed,
+            "masks": rule.name,
+            "masks_digest": rule.digest(),
+            "allocation": shared,
+        },
         **table,
     )
     if refine is not None:
@@ -187,17 +214,17 @@ def _table(
     layers: list[Layer],
     moments: FisherMoments,
     grids: tuple[Grid, ...],
-    sparsities: Sequence[float],
+    shares: list[list[float]],
+    rule: MaskRule,
     *,
     progress: bool,
 ) -> dict[str, Any]:
     columns = TableColumns(grids)
-    shares = layer_sparsities(layers, sparsities)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
             fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            columns.add(layer.matrix(), fisher, share)
+            columns.add(layer.matrix(), fisher, share, importance_of(rule, layer))
             bar.advance()
     return columns.stack()

@@ -90,9 +90,8 @@ def measure(
             second time; what can be read only once, as a generator, is kept in memory.
         masks: In what order the weights of a layer are dropped, a rule of
             :mod:`fitcompress.masks`, to be given to :func:`fitcompress.apply` as well.
-            None: the smallest |θ| go first, which costs far less than dropping the
-            lowest F θ². A refinement knows no rules: it measures levels with the masks
-            that ``apply`` makes by itself.
+            None: the smallest |θ| go first. A refinement knows no rules: it measures
+            levels with the masks that ``apply`` makes by itself.
         allocation: How layers share a sparsity of the network: ``"magnitude"``, also
             for None, one threshold of |θ| for all of them; ``"importance"``, one
             threshold of what the rule makes of their weights; ``"uniform"``, the same

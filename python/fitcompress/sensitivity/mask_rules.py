@@ -85,7 +85,7 @@ class Fisher:
     """F_j θ_j², the rule of FITCompress: what is nearly free by itself goes first.
 
     It was measured to cost much more loss than :class:`Magnitude` once the other
-    weights are refitted, 1.2 to 3 times on a small network: dropped together, such
+    weights are refitted, 1.2 to 4 times on a small network: dropped together, such
     weights shift the activations, which the diagonal does not see, so the table looks
     far better than the network. If weights are merely rounded, it depends; see
     :class:`Smoothed` and ``docs/method.md``, section 5.

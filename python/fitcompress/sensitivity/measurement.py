@@ -132,7 +132,8 @@ def measure(
     check_levels(chosen, sparsities, bits)
     rule = Magnitude() if masks is None else masks
     shared = "magnitude" if allocation is None else allocation
-    check_rule(rule, layers)
+    if masks is not None:
+        check_rule(rule, layers)
     check_allocation(shared)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
     first = list(itertools.islice(batches, 1))
@@ -224,6 +225,8 @@ def _table(
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
             fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            columns.add(layer.matrix(), fisher, share, importance_of(rule, layer))
+            own = isinstance(rule, Magnitude)  # the op computes it as it goes
+            importance = None if own else importance_of(rule, layer)
+            columns.add(layer.matrix(), fisher, share, importance)
             bar.advance()
     return columns.stack()

@@ -105,11 +105,11 @@ def test_a_killed_measurement_resumes_to_the_same_table(
     whole, saved = measured(file), tmp_path / "partial"
     original, calls = ops.distortion_table, []
 
-    def killed(*args):
+    def killed(*args, **named):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **named)
 
     monkeypatch.setattr(ops, "distortion_table", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@
 50
 """
 
-from fitcompress import methods, ops
+from fitcompress import masks, methods, ops
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
@@ -41,6 +41,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "masks",
     "measure",
     "measure_fisher",
     "measure_shards",

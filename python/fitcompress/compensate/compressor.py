@@ -43,6 +43,7 @@ from fitcompress.quantize import (
     remove,
     round_leftovers_,
 )
+from fitcompress.sensitivity.mask_rules import check_rule, importance_of
 from fitcompress.sensitivity.table import Grid
 from fitcompress.threads import FIXED, threads
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from fitcompress.compensate.calibration import Calibration
     from fitcompress.search.plan import Level, Plan
+    from fitcompress.sensitivity.mask_rules import MaskRule
 
 __all__ = ["Compressor", "apply"]
 
@@ -66,6 +68,7 @@ def apply(
     *,
     samples: int | None = 1024,
     compensation: Compensation | None = None,
+    masks: MaskRule | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -91,6 +94,11 @@ def apply(
             labels; a thousand are plenty.
         samples: How many to use, None for all.
         compensation: What compensation does; None for the defaults.
+        masks: What masks drop: of every layer the share that its level says, in the
+            order of a rule of :mod:`fitcompress.masks` for the dense weights; what is
+            left is refitted if there are calibration data. None: with calibration data
+            what the others make up for best, in rounds with refits between them;
+            without, the smallest |θ|.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
 
@@ -99,7 +107,8 @@ def apply(
         Quantizers of activations that ``model`` had are gone.
 
     Raises:
-        PlanMismatchError: The plan is for another model.
+        PlanMismatchError: The plan or the rule for masks is for another model.
+        OptionError: ``masks`` is no rule.
         BudgetExceededError: The packed file cannot meet the plan's budget.
         NonFiniteError: A weight, an input or an activation is NaN or infinite.
         EmptyLoaderError: ``calibrate`` yields nothing.
@@ -113,6 +122,7 @@ def apply(
         calibrate,
         samples=samples,
         compensation=compensation,
+        masks=masks,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -131,6 +141,7 @@ class Compressor:
         calibrate: Calibration batches, or None for plain rounding.
         samples: How many to use.
         compensation: What compensation does.
+        masks: What masks drop, None: see :func:`apply`.
         checkpoint: Where finished layers are saved.
         progress: Show a bar.
     """
@@ -143,6 +154,7 @@ class Compressor:
         *,
         samples: int | None = None,
         compensation: Compensation | None = None,
+        masks: MaskRule | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
@@ -158,6 +170,9 @@ class Compressor:
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
+        self._masks = masks
+        if masks is not None:
+            check_rule(masks, self.layers)
         self._folded = copy_of(self.model)
         fold_norms_(self._folded)
         round_leftovers_(self._folded, [layer.weight for layer in self.layers])
@@ -189,7 +204,8 @@ class Compressor:
         crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
         for x in self.calibration.batches if self.calibration else []:
             crc = digest(x, crc)
-        return f"{fingerprint(self.model, self.layers)}-{crc:08x}"
+        key = f"{fingerprint(self.model, self.layers)}-{crc:08x}"
+        return key if self._masks is None else f"{key}-{self._masks.digest()}"
 
     def at(self, pace: Pace, *, pilot: bool = False) -> nn.Module:
         """Return the compressed model with steps multiplied by the factors of ``pace``.
@@ -209,7 +225,7 @@ class Compressor:
                         self.plan.levels[layer.name], pace.factor(layer.name)
                     )
                     levels[layer.name] = level
-                    made = rounded(layer, level)
+                    made = self._rounded(layer, level)
                     self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
@@ -279,7 +295,7 @@ class Compressor:
     ) -> Quantized:
         """Compensate one layer, given its inputs in both networks."""
         if layer.one_hot:  # H is diagonal: nothing can make up for an error
-            return rounded(layer, level)
+            return self._rounded(layer, level)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
@@ -303,8 +319,18 @@ class Compressor:
             options,
             biased=outlet.module is not None,
             scalable=outlet.norm,
+            importance=self._importance(layer, level),
             name=layer.name,
         )
+
+    def _rounded(self, layer: Layer, level: Level) -> Quantized:
+        return rounded(layer, level, self._importance(layer, level))
+
+    def _importance(self, layer: Layer, level: Level) -> torch.Tensor | None:
+        """Return what the rule for masks makes of a layer, if it is needed."""
+        if self._masks is None or not level.sparsity:
+            return None
+        return importance_of(self._masks, layer)
 
     def _attach(self, small: nn.Module, layer: Layer, made: Quantized) -> None:
         weight = made.codes.float() * made.scale.reshape(-1, 1)
@@ -321,7 +347,7 @@ class Compressor:
         """Return the bits that the coder needs for codes that were merely rounded."""
         levels = self.plan.levels
         return 8.0 * sum(
-            _coded_bytes(rounded(layer, scaled(levels[layer.name], factor)).codes)
+            _coded_bytes(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 
@@ -329,7 +355,7 @@ class Compressor:
         """Return the bits of all codes by their entropy if they were merely rounded."""
         levels = self.plan.levels
         return sum(
-            entropy_bits(rounded(layer, scaled(levels[layer.name], factor)).codes)
+            entropy_bits(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
             for layer in self.layers
         )
 

@@ -11,6 +11,7 @@ import torch
 from fitcompress.compensate.rounding import rounded
 from fitcompress.compensate.statistics import Moments, gather
 from fitcompress.compensate.sweep import quantize
+from fitcompress.sensitivity.mask_rules import importance_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fitcompress.compensate.sweep import Quantized
     from fitcompress.model import Layer
     from fitcompress.search.plan import Level
+    from fitcompress.sensitivity.mask_rules import MaskRule
 
 __all__ = ["level_weights", "swapped"]
 
@@ -32,6 +34,8 @@ def level_weights(
     inputs: Sequence[torch.Tensor],
     outlet: Outlet,
     options: Compensation | None,
+    *,
+    masks: MaskRule | None = None,
 ) -> list[Quantized]:
     """Return one layer at each of its levels.
 
@@ -42,12 +46,17 @@ def level_weights(
         outlet: What can take a shift of the outputs.
         options: What compensation does; there is no drift to correct. None: weights are
             rounded.
+        masks: What a level's mask drops first, None: as ``apply`` does by itself.
 
     Returns:
         K sets of codes, in as few bytes as they need.
+
+    Raises:
+        PlanMismatchError: The rule is that of another model.
     """
+    importance = None if masks is None else importance_of(masks, layer)
     if options is None or layer.one_hot:
-        return [_packed(rounded(layer, level)) for level in levels]
+        return [_packed(rounded(layer, level, importance)) for level in levels]
     moments = gather(layer, inputs, inputs)
     made = []
     for level in levels:
@@ -60,6 +69,7 @@ def level_weights(
             replace(options, drift=0.0),
             biased=outlet.module is not None,
             scalable=outlet.norm,
+            importance=importance,
             name=layer.name,
         )
         made.append(_packed(quantized))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fitcompress.compensate.masks import magnitude_mask
+from fitcompress.compensate.masks import importance_mask
 from fitcompress.compensate.sweep import Quantized
 from fitcompress.quantize import row_scales
 
@@ -17,14 +17,23 @@ if TYPE_CHECKING:
 __all__ = ["rounded"]
 
 
-def rounded(layer: Layer, level: Level) -> Quantized:
-    """Return the nearest codes of one layer; its mask keeps the largest weights."""
+def rounded(
+    layer: Layer, level: Level, importance: torch.Tensor | None = None
+) -> Quantized:
+    """Return the nearest codes of one layer.
+
+    Args:
+        layer: Of the dense network.
+        level: Where its weights are to lie.
+        importance: What the mask keeps the largest of, [rows, columns]; None: |w|.
+    """
     matrix = layer.matrix()
     scale, q = row_scales(matrix, level)
     scale = scale.to(matrix.device)
     safe = torch.where(scale > 0, scale, torch.inf).reshape(-1, 1)
     codes = (matrix / safe).round()
     codes = codes.clamp(-q, q) if q else codes
-    mask = magnitude_mask(matrix, level.sparsity)
+    order = matrix.abs() if importance is None else importance
+    mask = importance_mask(order, level.sparsity)
     codes = codes if mask is None else codes * mask
     return Quantized(codes.int(), scale, mask, None, None, 0.0, float("nan"))

@@ -68,6 +68,7 @@ def quantize(
     *,
     biased: bool = False,
     scalable: bool = False,
+    importance: torch.Tensor | None = None,
     name: str = "",
 ) -> Quantized:
     """Return the compensated codes of one layer.
@@ -80,6 +81,8 @@ def quantize(
         options: What compensation does.
         biased: Whether something can restore the means of the outputs.
         scalable: Whether something can multiply the outputs.
+        importance: What the mask keeps the largest of, [rows, columns]; None: it drops
+            what others make up for best, see ``masks.prune_``.
         name: Of the layer, for messages.
 
     Raises:
@@ -91,7 +94,7 @@ def quantize(
     problems = _problems(
         dense, fitted, held_out, level, options, name, centered=centered
     )
-    mask = prune_([p.target for p in problems], level.sparsity)
+    mask = prune_([p.target for p in problems], level.sparsity, importance)
     scale = _scale(problems, level, options, mask)
     codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
     shift = torch.zeros(dense.shape[:2], dtype=torch.float64, device=weight.device)

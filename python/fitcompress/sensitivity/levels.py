@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from fitcompress import ops
 from fitcompress.errors import OptionError
+from fitcompress.sensitivity.mask_rules import importance_of
 from fitcompress.sensitivity.table import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fitcompress.model import Layer
+    from fitcompress.sensitivity.mask_rules import MaskRule
 
 __all__ = [
     "BITS",
     "SPARSITIES",
+    "Allocation",
+    "allocated",
+    "check_allocation",
     "check_levels",
     "default_grids",
     "grids_from",
@@ -33,6 +38,9 @@ BITS = (8, 7, 6, 5, 4, 3, 2)
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 STEPS, OCTAVES, COARSEST = 49, 6.0, 4.0
 CHUNK = 2**16
+
+Allocation = Literal["magnitude", "importance", "uniform"]
+"""How layers share a sparsity of the network."""
 
 
 def sum_of_squares(weight: torch.Tensor) -> float:
@@ -116,6 +124,48 @@ def check_levels(
         )
 
 
+def check_allocation(allocation: str) -> None:
+    """Raise unless there is such an allocation.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if allocation not in get_args(Allocation):
+        raise OptionError(
+            "allocation", got=repr(allocation), wanted=" or ".join(get_args(Allocation))
+        )
+
+
+def allocated(
+    layers: Sequence[Layer],
+    sparsities: Sequence[float],
+    masks: MaskRule,
+    allocation: Allocation,
+) -> list[list[float]]:
+    """Return the share of each layer that masks drop.
+
+    Args:
+        layers: L layers.
+        sparsities: S shares of all weights of the network, rising, from 0.
+        masks: The order within a layer.
+        allocation: ``"magnitude"``: what lies below one threshold of |θ|, see
+            `layer_sparsities`. ``"importance"``: below one threshold of the rule's
+            importance; where it falls into a bin of `histogram_sparsities`, all layers
+            lose an equal part of that bin. ``"uniform"``: every layer loses the same
+            share.
+
+    Returns:
+        [L][S] shares, rising in S.
+    """
+    if allocation == "uniform":
+        return [list(sparsities) for _ in layers]
+    if allocation == "magnitude":
+        return layer_sparsities(layers, sparsities)
+    found = (importance_of(masks, layer) for layer in layers)
+    counts = [ops.magnitude_histogram(each).cpu().to_sparse() for each in found]
+    return histogram_sparsities(counts, sparsities, split=True)
+
+
 def layer_sparsities(
     layers: Sequence[Layer], sparsities: Sequence[float]
 ) -> list[list[float]]:
@@ -135,7 +185,10 @@ def layer_sparsities(
 
 
 def histogram_sparsities(
-    histograms: Sequence[torch.Tensor], sparsities: Sequence[float]
+    histograms: Sequence[torch.Tensor],
+    sparsities: Sequence[float],
+    *,
+    split: bool = False,
 ) -> list[list[float]]:
     """Return the share of each layer below a threshold that all layers have in common.
 
@@ -146,6 +199,8 @@ def histogram_sparsities(
     Args:
         histograms: `magnitude_histogram` of each of L layers, sparse.
         sparsities: S shares of all weights of the network, rising, from 0.
+        split: Drop of the bin above the edge as much as is missing, the same part in
+            every layer, rounded down. Matters where many values are equal.
 
     Returns:
         [L][S] shares, rising in S; below 1, one weight of a layer always stays.
@@ -157,11 +212,16 @@ def histogram_sparsities(
     weights = int(below[-1])
     counts = torch.tensor([min(int(s * weights), weights - 1) for s in sparsities])
     edges = torch.searchsorted(below, counts, right=True) - 1
+    missing, available = counts - below[edges], total[edges]
     rows = []
     for histogram in histograms:
-        own = _below(histogram.to_dense())
+        bins = histogram.to_dense()
+        own = _below(bins)
         size = int(own[-1])
-        dropped = [min(int(n), size - 1) for n in own[edges]]
+        under = own[edges]
+        if split:
+            under += missing * bins[edges] // available
+        dropped = [min(int(n), size - 1) for n in under]
         # Half a weight more, so that ⌊share · n⌋ is exact in floating point.
         rows.append([(n + 0.5) / size if n else 0.0 for n in dropped])
     return rows

@@ -25,11 +25,16 @@ from fitcompress.sensitivity.input_errors import (
 )
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
+    allocated,
+    check_allocation,
     check_levels,
     default_grids,
-    layer_sparsities,
 )
+<<<<<<< HEAD
 from fitcompress.sensitivity.memorised import compare_losses
+=======
+from fitcompress.sensitivity.mask_rules import Magnitude, check_rule, importance_of
+>>>>>>> part-a
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.refinement import Refinement
+    from fitcompress.sensitivity.levels import Allocation
+    from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.moments import FisherMoments
 
 __all__ = ["measure"]
@@ -55,6 +62,8 @@ def measure(
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
     activation_bits: int | Iterable[int] = (),
+    masks: MaskRule | None = None,
+    allocation: Allocation | None = None,
     refine: Refinement | None = None,
     validation: Iterable[Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -79,12 +88,19 @@ def measure(
         samples: How many samples to use, None for all.
         grids: Weight grids, each family from fine to coarse. None: 8 … 2 bits and 49
             steps.
-        sparsities: Shares of the network's weights that masks drop, rising, from 0; the
-            smallest |θ| go first, which costs far less than dropping the lowest F θ².
+        sparsities: Shares of the network's weights that masks drop, rising, from 0.
         activation_bits: Bits that inputs of layers may have, one or falling, such as
             (8, 6, 4), for plans under a bound on bit operations. Costs the gradient of
             the network's input, and forward passes over the data, which are read a
             second time; what can be read only once, as a generator, is kept in memory.
+        masks: In what order the weights of a layer are dropped, a rule of
+            :mod:`fitcompress.masks`, to be given to :func:`fitcompress.apply` as well.
+            None: the smallest |θ| go first. A refinement knows no rules: it measures
+            levels with the masks that ``apply`` makes by itself.
+        allocation: How layers share a sparsity of the network: ``"magnitude"``, also
+            for None, one threshold of |θ| for all of them; ``"importance"``, one
+            threshold of what the rule makes of their weights; ``"uniform"``, the same
+            share in each.
         refine: Correct the distortions by measured loss rises of single layers, see
             :func:`fitcompress.refine`. Takes minutes.
         validation: Data that the network has not seen, to tell whether it has memorised
@@ -109,7 +125,9 @@ def measure(
             serve.
         UnsupportedLayerError: A layer mixes the samples of a batch; or its input cannot
             be quantized, with activation_bits, as the first batch shows.
-        OptionError: Grids, sparsities or activation bits are out of order.
+        OptionError: Grids, sparsities or activation bits are out of order, ``masks``
+            is no rule, or there is no such allocation.
+        PlanMismatchError: The rule for masks was measured on another model.
         OutputError: The checkpoint cannot be written.
     """
     layers = compressible_layers(model)
@@ -123,6 +141,11 @@ def measure(
         else tuple(activation_bits)
     )
     check_levels(chosen, sparsities, bits)
+    rule = Magnitude() if masks is None else masks
+    shared = "magnitude" if allocation is None else allocation
+    if masks is not None:
+        check_rule(rule, layers)
+    check_allocation(shared)
     batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
     first = list(itertools.islice(batches, 1))
     x, y = next(take(first, samples))
@@ -153,6 +176,7 @@ def measure(
         seed=seed,
         progress=progress,
     )
+<<<<<<< HEAD
     losses: dict[str, float | str] = {}
     if validation is not None:
         inputs = again
@@ -162,6 +186,10 @@ def measure(
             model, inputs, validation, loss_fn, samples, progress=progress
         )
     table = _table(layers, moments, chosen, sparsities, progress=progress)
+=======
+    shares = allocated(layers, sparsities, rule, shared)
+    table = _table(layers, moments, chosen, shares, rule, progress=progress)
+>>>>>>> part-a
     if bits:
         inputs = again
         if refine and once:
@@ -186,7 +214,13 @@ def measure(
         provenance={
             "labels": "sampled" if loss_fn is None else "data",
             "seed": seed,
+<<<<<<< HEAD
             **({"losses": losses} if losses else {}),
+=======
+            "masks": rule.name,
+            "masks_digest": rule.digest(),
+            "allocation": shared,
+>>>>>>> part-a
         },
         **table,
     )
@@ -208,17 +242,19 @@ def _table(
     layers: list[Layer],
     moments: FisherMoments,
     grids: tuple[Grid, ...],
-    sparsities: Sequence[float],
+    shares: list[list[float]],
+    rule: MaskRule,
     *,
     progress: bool,
 ) -> dict[str, Any]:
     columns = TableColumns(grids)
-    shares = layer_sparsities(layers, sparsities)
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
         for layer, share in zip(layers, shares, strict=True):
             fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            columns.add(layer.matrix(), fisher, share)
+            own = isinstance(rule, Magnitude)  # the op computes it as it goes
+            importance = None if own else importance_of(rule, layer)
+            columns.add(layer.matrix(), fisher, share, importance)
             bar.advance()
     return columns.stack()

@@ -106,7 +106,7 @@ class Sensitivity:
             [L, A]; adds to the distortion of the weights. 0 for float.
         activation_trace: T_a of the input of every layer in nats², [L]; 0 if not
             measured.
-        provenance: How it was measured: labels, importance, versions.
+        provenance: How it was measured: labels, seed, rule for masks, allocation.
     """
 
     names: tuple[str, ...]

@@ -40,6 +40,7 @@ class TableColumns:
         weight: torch.Tensor,
         fisher: torch.Tensor | float | None,
         shares: Sequence[float],
+        importance: torch.Tensor | None = None,
     ) -> None:
         """Tabulate one layer.
 
@@ -47,9 +48,13 @@ class TableColumns:
             weight: Its matrix, rows are output channels.
             fisher: Diagonal, trace, or None for 1 everywhere.
             shares: Shares of its weights that the masks drop.
+            importance: What they drop the lowest of, float32 [rows, columns], ≥ 0;
+                None: |θ|.
         """
         bits, steps = self._bits, self._steps
-        cells = ops.distortion_table(weight, fisher, bits, steps, shares)
+        cells = ops.distortion_table(
+            weight, fisher, bits, steps, shares, importance=importance
+        )
         scales = [16 * weight.shape[0]] * len(bits) + [32] * len(steps)
         entropy = np.ceil(cells.entropy_bits.numpy()).astype(np.int64)
         largest = float(cells.range.max())

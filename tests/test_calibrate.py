@@ -1,5 +1,6 @@
 """Tables fitted to whole random plans: design, regression and the way through."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -213,6 +214,39 @@ def test_killed_and_resumed_it_ends_with_the_same_table(
     assert "not used" not in caplog.text
     assert np.array_equal(found.distortion, wanted.distortion)
     assert not file.exists()
+
+
+def test_a_mask_rule_goes_all_the_way(net, loader) -> None:
+    moments = fc.measure_fisher(net, loader, diagonal=True, progress=False)
+    refinement = fc.Refinement(samples=32, grids=2, sparsities=1, plans=8)
+    settings = {"grids": GRIDS, "sparsities": (0, 0.5), "samples": 32}
+    rules = (None, fc.masks.Magnitude(), fc.masks.Fisher(moments))
+    found = [
+        fc.measure(
+            net,
+            loader,
+            **settings,
+            masks=rule,
+            refine=refinement,
+            progress=False,
+        )
+        for rule in rules
+    ]
+    # Without a rule masks go by what dropping costs: three different sets of weights.
+    reports = [table.provenance["calibrated"]["bits"] for table in found]
+    assert len({report["log_error"] for report in reports}) == 3
+    single = [
+        fc.refine(
+            found[1],
+            net,
+            loader,
+            refinement=dataclasses.replace(refinement, plans=0),
+            masks=rule,
+            progress=False,
+        ).distortion
+        for rule in (None, fc.masks.Fisher(moments))
+    ]
+    assert not np.array_equal(single[0][:, :, 1], single[1][:, :, 1])
 
 
 def test_wrong_input(net, loader, table) -> None:

@@ -32,6 +32,7 @@ from fitcompress.refinement.regression import (
     rank_correlation,
 )
 from fitcompress.search.plan import Level, Plan
+from fitcompress.sensitivity.mask_rules import importance_of
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.model import Layer
+    from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
     Reals = NDArray[np.float64]
@@ -63,6 +65,7 @@ def calibrate(
     samples: int = 1024,
     temperature: float = 4.0,
     compensation: Compensation | None = Compensation(),  # noqa: B008
+    masks: MaskRule | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -97,6 +100,7 @@ def calibrate(
         temperature: τ of the softened divergence that tells plans apart, see
             :func:`fitcompress.refine`.
         compensation: How plans are compensated; None: weights are rounded.
+        masks: Order in which masks drop weights, as for :func:`fitcompress.apply`.
         seed: Draws the plans.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
@@ -128,13 +132,22 @@ def calibrate(
         crc = zlib.crc32(repr([plan.to_json() for plan in every]).encode())
         options = None if compensation is None else asdict(compensation)
         crc = zlib.crc32(repr((options, temperature)).encode(), crc)
+        crc = zlib.crc32((masks.digest() if masks else "").encode(), crc)
         for x in batches:
             crc = digest(x, crc)
         file.belongs_to(f"{fingerprint(dense, layers)}-{crc:08x}")
-        plain, soft = _loss_rises(
-            dense, every, batches, temperature, compensation, file, progress=progress
+        compressor = Compressor(
+            dense,
+            every[0],
+            None if compensation is None else batches[::2],
+            compensation=compensation,
+            masks=masks,
+            progress=False,
         )
-    squared = _squared_error(layers, sensitivity)
+        plain, soft = _loss_rises(
+            compressor, every, batches[1::2], temperature, file, progress=progress
+        )
+    squared = _squared_error(layers, sensitivity, masks)
     distortion, report = sensitivity.distortion.copy(), {}
     for number, kind in enumerate(kinds):
         own = slice(number * plans, (number + 1) * plans)
@@ -191,33 +204,24 @@ def _plans(table: Sensitivity, layers: Sequence[Layer], cells: Cells) -> list[Pl
 
 
 def _loss_rises(
-    dense: nn.Module,
+    compressor: Compressor,
     plans: list[Plan],
-    batches: list[torch.Tensor],
+    measured: list[torch.Tensor],
     temperature: float,
-    compensation: Compensation | None,
     file: ProgressFile,
     *,
     progress: bool,
 ) -> tuple[Reals, Reals]:
     """Return KL and softened KL of every plan, [P] each."""
     heats = (1.0, temperature)
-    calibrate_with = None if compensation is None else batches[::2]
-    measured = batches[1::2]
     before = [
-        [log_probabilities(call_model(dense, x), t) for t in heats] for x in measured
+        [log_probabilities(call_model(compressor.model, x), t) for t in heats]
+        for x in measured
     ]
     rows = sum(len(each[0]) for each in before)
     done, sums = file.load((len(plans), len(heats)))
     samples = sum(len(x) for x in measured)
     title = f"calibrate: {len(plans)} plans, {samples} inputs each"
-    compressor = Compressor(
-        dense,
-        plans[0],
-        calibrate_with,
-        compensation=compensation,
-        progress=False,
-    )
     with Bar(title, len(plans), enabled=progress) as bar:
         bar.advance(done)
         for number, plan in enumerate(plans[done:], done):
@@ -239,7 +243,9 @@ def _loss_rises(
     return plain, np.maximum(soft, TINY)
 
 
-def _squared_error(layers: Sequence[Layer], table: Sensitivity) -> Reals:
+def _squared_error(
+    layers: Sequence[Layer], table: Sensitivity, masks: MaskRule | None
+) -> Reals:
     """Return ½ Σ (θ − θ̂)² of all cells, [L, G, S]."""
     bits = [g.bits for g in table.grids if g.bits is not None]
     steps = [g.step for g in table.grids if g.step is not None]
@@ -247,7 +253,14 @@ def _squared_error(layers: Sequence[Layer], table: Sensitivity) -> Reals:
     return np.stack(
         [
             ops.distortion_table(
-                by_name[name].matrix(), None, bits, steps, shares.tolist()
+                by_name[name].matrix(),
+                None,
+                bits,
+                steps,
+                shares.tolist(),
+                importance=None
+                if masks is None
+                else importance_of(masks, by_name[name]),
             ).distortion.numpy()
             for name, shares in zip(table.names, table.sparsity, strict=True)
         ]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fitcompress.refinement.anchors import Cell
     from fitcompress.refinement.progress_file import ProgressFile
     from fitcompress.refinement.refinement import Refinement
+    from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["measure_levels"]
@@ -48,6 +49,7 @@ def measure_levels(
     loader: Iterable[Any],
     options: Refinement,
     *,
+    masks: MaskRule | None,
     file: ProgressFile,
     progress: bool,
 ) -> Sensitivity:
@@ -58,6 +60,7 @@ def measure_levels(
         model: In any mode; unchanged.
         loader: Inputs.
         options: What to measure.
+        masks: Order in which masks drop weights.
         file: Where sums over batches are kept.
         progress: Show a bar.
 
@@ -78,9 +81,17 @@ def measure_levels(
         round_leftovers_(folded, [layer.weight for layer in layers.values()])
         outlets = find_outlets(folded, list(layers.values()), batches[0][:16])
         made = _level_weights(
-            dense, layers, outlets, batches[::2], sensitivity, cells, options, progress
+            dense,
+            layers,
+            outlets,
+            batches[::2],
+            sensitivity,
+            cells,
+            options,
+            masks,
+            progress,
         )
-        crc = zlib.crc32(repr((asdict(options), cells)).encode())
+        crc = zlib.crc32(_described(sensitivity, cells, options, masks).encode())
         for x in batches:
             crc = digest(x, crc)
         file.belongs_to(f"{fingerprint(dense, list(layers.values()))}-{crc:08x}")
@@ -105,6 +116,14 @@ def measure_levels(
     )
 
 
+def _described(
+    table: Sensitivity, cells: list[Cell], options: Refinement, masks: MaskRule | None
+) -> str:
+    """Name all that the sums depend on besides model and inputs."""
+    levels = [(str(table.grids[g]), table.sparsity[:, s].tolist()) for g, s in cells]
+    return repr((asdict(options), levels, masks.digest() if masks else None))
+
+
 def _level_weights(
     dense: nn.Module,
     layers: dict[str, Layer],
@@ -113,6 +132,7 @@ def _level_weights(
     table: Sensitivity,
     cells: list[Cell],
     options: Refinement,
+    masks: MaskRule | None,
     progress: bool,
 ) -> dict[str, list[Quantized]]:
     """Return every layer at every cell, given the inputs of the dense network."""
@@ -140,7 +160,12 @@ def _level_weights(
                 Level(table.grids[g], float(shares[s]), layer.shape) for g, s in cells
             ]
             made[name] = level_weights(
-                layer, levels, inputs, outlets[name], options.compensation
+                layer,
+                levels,
+                inputs,
+                outlets[name],
+                options.compensation,
+                masks=masks,
             )
             bar.advance(note=name)
     return made

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
 __all__ = ["Refinement", "refine"]
@@ -83,6 +84,7 @@ class Refinement:
         model: nn.Module,
         loader: Iterable[Any],
         *,
+        masks: MaskRule | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Sensitivity:
@@ -92,6 +94,7 @@ class Refinement:
             model,
             loader,
             refinement=self,
+            masks=masks,
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -103,6 +106,7 @@ def refine(
     loader: Iterable[Any],
     *,
     refinement: Refinement | None = None,
+    masks: MaskRule | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Sensitivity:
@@ -131,6 +135,7 @@ def refine(
         model: The trained network, a classifier; unchanged.
         loader: Yields inputs or (inputs, …), without labels; iterated once.
         refinement: What to measure; None for the defaults.
+        masks: Order in which masks drop weights, as for :func:`fitcompress.apply`.
         checkpoint: File to save progress to and resume from, beside it one with
             ``.plans`` appended; removed at the end.
         progress: Show bars with the time left.
@@ -153,7 +158,13 @@ def refine(
     )
     if options.grids:
         sensitivity = measure_levels(
-            sensitivity, model, inputs, options, file=file, progress=progress
+            sensitivity,
+            model,
+            inputs,
+            options,
+            masks=masks,
+            file=file,
+            progress=progress,
         )
     if options.plans:
         sensitivity = calibrate(
@@ -164,6 +175,7 @@ def refine(
             samples=options.samples,
             temperature=options.temperature,
             compensation=options.compensation,
+            masks=masks,
             checkpoint=None if checkpoint is None else f"{checkpoint}.plans",
             progress=progress,
         )

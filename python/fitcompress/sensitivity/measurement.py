@@ -30,11 +30,8 @@ from fitcompress.sensitivity.levels import (
     check_levels,
     default_grids,
 )
-<<<<<<< HEAD
-from fitcompress.sensitivity.memorised import compare_losses
-=======
 from fitcompress.sensitivity.mask_rules import Magnitude, check_rule, importance_of
->>>>>>> part-a
+from fitcompress.sensitivity.memorised import compare_losses
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
@@ -95,8 +92,7 @@ def measure(
             second time; what can be read only once, as a generator, is kept in memory.
         masks: In what order the weights of a layer are dropped, a rule of
             :mod:`fitcompress.masks`, to be given to :func:`fitcompress.apply` as well.
-            None: the smallest |θ| go first. A refinement knows no rules: it measures
-            levels with the masks that ``apply`` makes by itself.
+            None: the smallest |θ| go first.
         allocation: How layers share a sparsity of the network: ``"magnitude"``, also
             for None, one threshold of |θ| for all of them; ``"importance"``, one
             threshold of what the rule makes of their weights; ``"uniform"``, the same
@@ -176,7 +172,6 @@ def measure(
         seed=seed,
         progress=progress,
     )
-<<<<<<< HEAD
     losses: dict[str, float | str] = {}
     if validation is not None:
         inputs = again
@@ -185,11 +180,8 @@ def measure(
         losses = compare_losses(
             model, inputs, validation, loss_fn, samples, progress=progress
         )
-    table = _table(layers, moments, chosen, sparsities, progress=progress)
-=======
     shares = allocated(layers, sparsities, rule, shared)
     table = _table(layers, moments, chosen, shares, rule, progress=progress)
->>>>>>> part-a
     if bits:
         inputs = again
         if refine and once:
@@ -214,20 +206,22 @@ def measure(
         provenance={
             "labels": "sampled" if loss_fn is None else "data",
             "seed": seed,
-<<<<<<< HEAD
-            **({"losses": losses} if losses else {}),
-=======
             "masks": rule.name,
             "masks_digest": rule.digest(),
             "allocation": shared,
->>>>>>> part-a
+            **({"losses": losses} if losses else {}),
         },
         **table,
     )
     if refine is not None:
         state = None if checkpoint is None else f"{checkpoint}.refine"
         sensitivity = refine.correct(
-            sensitivity, model, again, checkpoint=state, progress=progress
+            sensitivity,
+            model,
+            again,
+            masks=masks,
+            checkpoint=state,
+            progress=progress,
         )
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)

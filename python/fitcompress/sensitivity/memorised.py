@@ -97,7 +97,7 @@ def compare_losses(
 
     Warns:
         MemorisedDataWarning: The mean loss on the sensitivity data is less than half of
-            that on validation data, and two standard errors below that half.
+            that on validation data, two standard errors of the difference apart.
 
     Raises:
         EmptyLoaderError: One of them yields nothing.
@@ -118,8 +118,8 @@ def compare_losses(
                 wanted="a finite loss",
                 fix="look for NaN in the data and for overflow in half precision",
             )
-    scatter = CERTAIN * math.hypot(own.error, FAR_BELOW * held.error)
-    if own.mean + scatter < FAR_BELOW * held.mean:
+    certain = held.mean - own.mean > CERTAIN * math.hypot(own.error, held.error)
+    if own.mean < FAR_BELOW * held.mean and certain:
         warnings.warn(
             "the network seems to have memorised the sensitivity data: their mean loss "
             f"is {own.mean:.3g} ± {own.error:.1g} nats, that of validation data "

@@ -174,7 +174,9 @@ class Comparison:
             self.source.calibration(),
             grids=GRIDS,
             sparsities=SPARSITIES,
-            activation_bits=ACTIVATIONS if "activations" in arguments.regimes else (),
+            activation_bits=ACTIVATIONS
+            if any(each.startswith("activations") for each in arguments.regimes)
+            else (),
             samples=512,
             progress=False,
         )
@@ -335,7 +337,12 @@ def main() -> None:
     options.add_argument("--weights", required=True, type=Path)
     options.add_argument("--network", default="resnet20")
     options.add_argument("--plans", type=int, default=100)
-    options.add_argument("--regimes", nargs="*", default=["bits", "joint", "rounded"])
+    options.add_argument(
+        "--regimes",
+        nargs="*",
+        default=["bits", "joint", "rounded"],
+        help="names; NAME=COUNT for another number of plans",
+    )
     options.add_argument("--averages", type=float, nargs="*", default=[3.0, 2.5])
     options.add_argument("--sizes", nargs="*", default=["7%", "4.6%", "3.4%"])
     options.add_argument("--draws", type=int, default=3)
@@ -347,8 +354,17 @@ def main() -> None:
     arguments = options.parse_args()
     comparison = Comparison(arguments)
     result: dict[str, Any] = {"network": arguments.network}
-    for name in arguments.regimes:
-        result[name] = comparison.correlate(name, arguments.plans)
+
+    def keep(part: str, values: dict[str, Any]) -> None:
+        result[part] = values
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    for asked in arguments.regimes:
+        name, _, count = asked.partition("=")
+        keep(name, comparison.correlate(name, int(count or arguments.plans)))
+    if arguments.figure and arguments.regimes:
+        draw_figure(result, arguments.regimes[0].partition("=")[0], arguments.figure)
     for tune in sorted({0, arguments.tune}):
         after = f", tuned on {tune}" if tune else ""
         parts: dict[str, Callable[[], dict[str, float]]] = {}
@@ -364,13 +380,9 @@ def main() -> None:
                 comparison.decide_steps(size, tune)
             )
         for part, run in parts.items():
-            result[part] = run()
+            keep(part, run())
             for name, value in result[part].items():
                 print(f"{part}: {name:36} KL {value:.4f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.figure and arguments.regimes:
-        draw_figure(result, arguments.regimes[0], arguments.figure)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from fitcompress.compensate.options import Compensation
 from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
 from fitcompress.refinement.random_plans import draw_plans, families
 from fitcompress.refinement.regression import (
+    Fit,
     cross_validated,
     fit_factors,
     rank_correlation,
+    simplest,
 )
 from test_refinement import BITS, Branched
 from test_search import random_table
@@ -77,22 +79,34 @@ def test_a_fit_is_a_minimum() -> None:
 def test_units_do_not_matter() -> None:
     x, _, y = noisy_problem(30, 6, 0.1)
     groups = np.zeros(6, dtype=np.int64)
-    plain = cross_validated(x, y, groups)
-    scaled = cross_validated(x * 1e-9, y * 1e6, groups)
-    assert scaled.ridge == plain.ridge
-    np.testing.assert_allclose(scaled.factors, plain.factors * 1e15, rtol=1e-5)
-    np.testing.assert_allclose(scaled.predicted, plain.predicted * 1e6, rtol=1e-5)
+    both = (cross_validated(x, y, groups), cross_validated(x * 1e-9, y * 1e6, groups))
+    assert simplest(both[0]) == simplest(both[1])
+    for plain, scaled in zip(*both, strict=True):
+        np.testing.assert_allclose(scaled.factors, plain.factors * 1e15, rtol=1e-5)
+        np.testing.assert_allclose(scaled.predicted, plain.predicted * 1e6, rtol=1e-5)
 
 
 def test_noise_wants_a_larger_ridge() -> None:
     groups = np.zeros(12, dtype=np.int64)
     x, _, y = noisy_problem(24, 12, 0.0)
-    clean = cross_validated(x, y, groups)
+    fits = cross_validated(x, y, groups)
+    clean = fits[simplest(fits)]
     alike = x.sum(1) * np.exp(np.random.default_rng(2).normal(0, 1, 24))
-    assert cross_validated(x, alike, groups).ridge > clean.ridge
+    noisy = cross_validated(x, alike, groups)
+    assert noisy[simplest(noisy)].ridge > clean.ridge
     # What was left out was not fitted to.
     assert clean.error > 0
     assert rank_correlation(clean.predicted, y) > rank_correlation(x.sum(1), y)
+
+
+def test_of_fits_as_good_as_the_best_the_simplest_is_taken() -> None:
+    def fit(ridge, squares):
+        return Fit(np.ones(1), ridge, np.ones(4), np.array(squares))
+
+    best = fit(0.1, [0.0, 0.0, 0.2, 0.2])  # 0.1 ± 0.05
+    assert simplest([fit(1.0, [0.14] * 4), best, fit(3.0, [0.16] * 4)]) == 0
+    assert simplest([fit(1.0, [0.16] * 4), best]) == 1
+    assert simplest([fit(1.0, [0.14] * 4), fit(1.0, [0.13] * 4), best]) == 1
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:

@@ -30,6 +30,7 @@ from fitcompress.refinement.regression import (
     Fit,
     cross_validated,
     rank_correlation,
+    simplest,
 )
 from fitcompress.search.plan import Level, Plan
 from fitcompress.sensitivity.mask_rules import importance_of
@@ -83,8 +84,9 @@ def calibrate(
 
     B and B' the table, the squared error ½ Σ_j (θ_j − θ̂_j)² of rounded weights, the
     geometric mean of both, or for steps ½ n_l Δ²/12: those that predict plans they were
-    not fitted to best. How well that is, is in ``provenance["calibrated"]`` and in the
-    log. Each family of grids has plans and factors of its own.
+    not fitted to best, with factors as nearly alike as that allows. How well that is,
+    is in ``provenance["calibrated"]`` and in the log. Each family of grids has plans
+    and factors of its own.
 
     Costs ``plans`` times an ``apply`` with half of the samples and a forward pass over
     the other half, for each family.
@@ -293,18 +295,20 @@ def _fitted(
     masked = bool(masks.any())
     pairs = [(a, b) for a in bases for b in (bases if masked else (a,))]
     groups = np.repeat([0, 1][: 1 + masked], len(layers))
-    best: tuple[Fit, str, str] | None = None
+    fits: list[Fit] = []
+    origins: list[tuple[str, str]] = []
     for one, other in pairs:
         columns = [plain[one][layers, grids, 0], rest[other][layers, grids, masks]]
         x = np.concatenate(columns[: 1 + masked], axis=1)
         if not (x > 0).any(1).all():
             continue
-        fit = cross_validated(x, y, groups)
-        if best is None or fit.error < best[0].error:
-            best = fit, one, other
-    if best is None:  # nothing hurts: zero weights
+        found = cross_validated(x, y, groups)
+        fits += found
+        origins += [(one, other)] * len(found)
+    if not fits:  # nothing hurts: zero weights
         return table.distortion, {"plans": len(y), "base": "none"}
-    fit, one, other = best
+    chosen = simplest(fits)
+    fit, (one, other) = fits[chosen], origins[chosen]
     a = fit.factors[: len(layers), None, None]
     b = fit.factors[-len(layers) :, None, None]
     before = table.distortion[layers, grids, masks].sum(1)

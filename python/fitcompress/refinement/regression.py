@@ -9,7 +9,9 @@ common factor exp(c_g), and t_m says how far a column is from the others of its 
 
     minimise Σ_p (log Σ_m a_m x_pm − log y_p)² + ρ Σ_m t_m².
 
-ρ is that with the least error on plans that were not fitted to.
+ρ is the largest whose error on plans that were not fitted to is within one standard
+error of the least one (Breiman et al. 1984): with few plans for many layers the least
+one is least by chance.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     Reals = NDArray[np.float64]
 
-__all__ = ["Fit", "cross_validated", "fit_factors", "rank_correlation"]
+__all__ = ["Fit", "cross_validated", "fit_factors", "rank_correlation", "simplest"]
 
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 FOLDS = 8
@@ -42,13 +44,18 @@ class Fit:
         factors: a, [M].
         ridge: ρ.
         predicted: Σ a x of every plan, from a fit to the others, [P].
-        error: Root mean square of log(predicted / y).
+        squares: log²(predicted / y) of every plan, [P].
     """
 
     factors: Reals
     ridge: float
     predicted: Reals
-    error: float
+    squares: Reals
+
+    @property
+    def error(self) -> float:
+        """Root mean square of log(predicted / y)."""
+        return float(np.sqrt(self.squares.mean()))
 
 
 def fit_factors(x: Reals, y: Reals, groups: NDArray[np.int64], ridge: float) -> Reals:
@@ -104,29 +111,40 @@ def fit_factors(x: Reals, y: Reals, groups: NDArray[np.int64], ridge: float) -> 
 
 def cross_validated(
     x: Reals, y: Reals, groups: NDArray[np.int64], ridges: Sequence[float] = RIDGES
-) -> Fit:
-    """Return the fit with the ridge that predicts left-out plans best.
+) -> list[Fit]:
+    """Return a fit for every ridge, and how it predicts plans that are left out.
 
     Args:
         x: As for `fit_factors`; P ≥ 2.
         y: As for `fit_factors`.
         groups: As for `fit_factors`.
-        ridges: To choose from; of equally good ones the first.
+        ridges: To try.
     """
     plans = len(y)
     folds = [np.arange(k, plans, min(FOLDS, plans)) for k in range(min(FOLDS, plans))]
-    best: tuple[float, float, Reals] | None = None
+    fits = []
     for ridge in ridges:
         predicted = np.empty(plans)
         for out in folds:
             rest = np.setdiff1d(np.arange(plans), out)
             predicted[out] = x[out] @ fit_factors(x[rest], y[rest], groups, ridge)
-        error = float(np.sqrt(np.mean(np.square(np.log(predicted / y)))))
-        if best is None or error < best[0]:
-            best = error, ridge, predicted
-    assert best is not None
-    error, ridge, predicted = best
-    return Fit(fit_factors(x, y, groups, ridge), ridge, predicted, error)
+        squares = np.square(np.log(predicted / y))
+        factors = fit_factors(x, y, groups, ridge)
+        fits.append(Fit(factors, ridge, predicted, squares))
+    return fits
+
+
+def simplest(fits: Sequence[Fit]) -> int:
+    """Return which fit has the largest ridge of those as good as the best.
+
+    That is, within one standard error of its mean square; of equal ridges the one with
+    the least error.
+    """
+    means = [float(fit.squares.mean()) for fit in fits]
+    best = fits[int(np.argmin(means))].squares
+    allowed = best.mean() + best.std() / np.sqrt(len(best))
+    good = [i for i, mean in enumerate(means) if mean <= allowed]
+    return max(good, key=lambda i: (fits[i].ridge, -means[i]))
 
 
 def rank_correlation(a: Reals, b: Reals) -> float | None:

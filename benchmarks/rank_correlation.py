@@ -278,7 +278,10 @@ class Comparison:
         """Return mean outcomes of entropy-coded plans for a share of the bytes."""
         loader = self.source.calibration
         table = fc.measure(self.model, loader(), samples=512, progress=False)
-        refined = fc.refine(table, self.model, loader(7), progress=False)
+        everything = fc.Refinement(grids=3, plans=24, family="any")
+        refined = fc.refine(
+            table, self.model, loader(7), refinement=everything, progress=False
+        )
         budget = fc.Budget(size=size)
         law = fc.search(table, budget)
         steps = sorted(level.grid.step or 0.0 for level in law.levels.values())
@@ -293,7 +296,9 @@ class Comparison:
             "Fisher diagonal, augmented": fc.search(
                 table, budget, method=fc.methods.Optimal("rounded", fisher_power=1)
             ),
-            DEFAULT: fc.search(refined, budget),
+            "single layers and plans": fc.search(
+                refined, budget, method=fc.methods.Optimal("rounded", fisher_power=1)
+            ),
         }
         return {name: self.mean(plan, tune) for name, plan in plans.items()}
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT", "OUTPUT_RULES", "from_outputs", "from_weights", "ours"]
 
 SAMPLES = 512
-PLANS = 24
-DEFAULT = "single layers and plans (default)"
+PLANS = 40
+DEFAULT = "plans (default)"
 OUTPUT_RULES = ("gradient² · output error²", "full Fisher", "full Fisher, interacting")
 
 
@@ -233,7 +233,10 @@ def ours(
         found[f"single layers, τ = {temperature:g}"] = fc.refine(
             table, model, inputs, refinement=refinement, progress=False
         )
-    bases = {"plans": table, DEFAULT: found["single layers, τ = 4"]}
+    bases = {
+        DEFAULT: table,
+        "single layers and plans": found["single layers, τ = 4"],
+    }
     for name, base in bases.items():
         found[name] = fc.calibrate(
             base, model, inputs, plans=plans, compensation=options, progress=False

@@ -189,19 +189,35 @@ def true_rise(net, table, loader, grids, sparsities):
 
 
 def test_a_calibrated_table_decides_on_steps(net, loader) -> None:
-    """Factors of layers move their steps; without them the law of one step holds."""
+    """If it is asked to: by default the law of one step holds."""
     table = fc.measure(net, loader, samples=32, progress=False)
     found = fc.calibrate(
         table, net, loader, plans=16, samples=32, compensation=FAST, progress=False
     )
     budget = fc.Budget(size="30%")
-    plain, fitted = fc.search(table, budget), fc.search(found, budget)
-    by_law = fc.search(
-        found, budget, method=fc.methods.Optimal("compensated", fisher_power=0)
+    plain, by_law = fc.search(table, budget), fc.search(found, budget)
+    fitted = fc.search(
+        found, budget, method=fc.methods.Optimal("rounded", fisher_power=1)
     )
     grids = [[level.grid for level in p.levels.values()] for p in (plain, by_law)]
     assert grids[0] == grids[1]
     assert fitted.details["objective"] == pytest.approx(fitted.distortion)
+
+
+def test_families_can_be_chosen(net, loader, table) -> None:
+    settings = {"plans": 8, "samples": 32, "compensation": None, "progress": False}
+    found = fc.calibrate(table, net, loader, family="bits", **settings)
+    steps = np.array([g.step is not None for g in table.grids])
+    assert np.array_equal(found.distortion[:, steps], table.distortion[:, steps])
+    assert not np.array_equal(found.distortion[:, ~steps], table.distortion[:, ~steps])
+    assert "step" not in found.provenance["calibrated"]
+    bits = dataclasses.replace(found, grids=tuple(GRIDS))
+    assert fc.Refinement().family_of(bits) == "bits"
+    only = fc.measure(
+        net, loader, samples=32, grids=GRIDS[:4], sparsities=(0.0,), progress=False
+    )
+    with pytest.raises(OptionError, match="family"):
+        fc.calibrate(only, net, loader, family="step", **settings)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_table(

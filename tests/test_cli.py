@@ -424,7 +424,7 @@ def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:
 
 def test_measure_refines(run, tiny_files) -> None:
     done(run("measure", *MODEL, *DIGITS, "--samples", "64", "--refine"))
-    refined = fc.Sensitivity.load("sensitivity.safetensors").provenance["refined"]
+    refined = fc.Sensitivity.load("sensitivity.safetensors").provenance["calibrated"]
     assert refined["errors"] == "compensated"
     failed = run("measure", "--shards", ".", "--refine")
     assert failed.code

@@ -272,7 +272,7 @@ def test_the_cost_is_known_before(net, loader, table, monkeypatch, caplog) -> No
     batches = len(used_to_measure(loader))
     cost = options.forward_passes(table)
     assert cost == len(runs) // batches + len(plans)
-    assert len(plans) == 16
+    assert len(plans) == 8
     assert f"{cost} forward passes over 16 samples" in caplog.text
 
 
@@ -299,7 +299,7 @@ def test_levels_and_plans_resume_together(
         table, net, loader, refinement=options, checkpoint=file, progress=False
     )
     assert not runs
-    assert len(plans) == 5 + 16 - 4
+    assert len(plans) == 5 + 8 - 4
     assert np.array_equal(found.distortion, wanted.distortion)
     assert not list(tmp_path.iterdir())
 

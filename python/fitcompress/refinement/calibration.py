@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.model import Layer
+    from fitcompress.search.problem import Family
     from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
@@ -67,6 +68,7 @@ def calibrate(
     temperature: float = 4.0,
     compensation: Compensation | None = Compensation(),  # noqa: B008
     masks: MaskRule | None = None,
+    family: Family = "any",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -103,6 +105,7 @@ def calibrate(
             :func:`fitcompress.refine`.
         compensation: How plans are compensated; None: weights are rounded.
         masks: Order in which masks drop weights, as for :func:`fitcompress.apply`.
+        family: Grids to fit: ``"bits"``, ``"step"`` or ``"any"`` that the table has.
         seed: Draws the plans.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
@@ -122,7 +125,13 @@ def calibrate(
     dense = remove(copy_of(model), activations=True).eval()
     layers = compressible_layers(dense)
     check_layers(sensitivity, {layer.name: layer for layer in layers})
-    kinds = families(sensitivity)
+    kinds = [kind for kind in families(sensitivity) if family in (kind, "any")]
+    if not kinds:
+        raise OptionError(
+            f"the sensitivity has no grid of family {family!r}",
+            got=", ".join(families(sensitivity)),
+            wanted="step, bits or any, and grids of that family",
+        )
     drawn = {kind: draw_plans(sensitivity, kind, plans, seed) for kind in kinds}
     every = [
         plan for kind in kinds for plan in _plans(sensitivity, layers, drawn[kind])

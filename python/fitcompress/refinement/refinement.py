@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fitcompress.search.problem import Family
     from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
@@ -36,20 +37,24 @@ class Refinement:
     Attributes:
         samples: Inputs to use; every other batch of them is compensated with, the rest
             is what the loss rise is measured on.
-        grids: How many grids of each family are measured in single layers; the others
-            follow. 0: none, only plans are measured.
+        grids: How many grids of each family are measured in single layers before; the
+            others follow. 0: none. It ranks plans no better where these are compensated
+            and plans are measured, but rounded ones without.
         sparsities: How many sparsities, on the finest grid of the first family.
         plans: Random plans of each family that the table is fitted to afterwards, see
             :func:`fitcompress.calibrate`. 0: none.
+        family: Grids that plans are drawn from; None: fixed-point ones if there are
+            any. For entropy-coded steps nothing was gained by it.
         temperature: τ of the softened divergence that tells layers and plans apart; 1
             for the plain one. The mean is that of the plain one in any case.
         compensation: How errors are compensated, None: weights are rounded.
     """
 
     samples: int = 1024
-    grids: int = 3
+    grids: int = 0
     sparsities: int = 3
-    plans: int = 24
+    plans: int = 40
+    family: Family | None = None
     temperature: float = 4.0
     compensation: Compensation | None = field(default_factory=Compensation)
 
@@ -75,8 +80,15 @@ class Refinement:
         levels = 0
         if self.grids:
             levels = len(anchors(sensitivity, self.grids, self.sparsities))
-        plans = self.plans * len(families(sensitivity))
+        kinds = families(sensitivity)
+        wanted = self.family_of(sensitivity)
+        plans = self.plans * sum(wanted in (kind, "any") for kind in kinds)
         return levels * len(sensitivity.names) + plans
+
+    def family_of(self, sensitivity: Sensitivity) -> Family:
+        """Return the grids that plans of a table are drawn from."""
+        usual: Family = "bits" if "bits" in families(sensitivity) else "step"
+        return self.family or usual
 
     def correct(
         self,
@@ -113,7 +125,10 @@ def refine(
     """Return the table with its distortions corrected by measured loss rises.
 
     The Fisher table knows neither how errors add up within a layer nor what
-    compensation makes of them. First, every layer alone is put on some of its levels,
+    compensation makes of them. So it is fitted to whole random plans, in which layers
+    repair each other's errors: see :func:`fitcompress.calibrate`.
+
+    With ``Refinement(grids=…)`` every layer alone is put on some of its levels before,
     as :func:`fitcompress.apply` would make them, and the outputs are compared with
     those of the dense network,
 
@@ -123,9 +138,6 @@ def refine(
     samples tell layers apart, not just the few that the network is unsure of.
     All other levels follow by interpolation (``refinement.anchors``). Costs one
     forward pass a layer and level, from that layer on.
-
-    Then the table is fitted to whole random plans, in which layers repair each other's
-    errors: see :func:`fitcompress.calibrate`.
 
     On data that the network has memorised, loss rises come out several times too small,
     for all layers alike as far as was measured; held-out inputs give them in true nats.
@@ -176,6 +188,7 @@ def refine(
             temperature=options.temperature,
             compensation=options.compensation,
             masks=masks,
+            family=options.family_of(sensitivity),
             checkpoint=None if checkpoint is None else f"{checkpoint}.plans",
             progress=progress,
         )

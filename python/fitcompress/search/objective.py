@@ -26,17 +26,16 @@ class Objective:
             of weights rounded to the nearest level unless the sensitivity was refined.
             ``"compensated"``: those that remain once errors are compensated. They
             behave as at high resolution, uniform over a step whatever the weights are,
-            so D_l = ½ F̄ n_l Δ²/12 (steps only). None: the table where it was calibrated
-            for the grids (:func:`fitcompress.calibrate`); else compensated for steps,
-            rounded otherwise. On ResNet-20 at 3.5 %
+            so D_l = ½ F̄ n_l Δ²/12 (steps only). None: compensated for steps, where the
+            table was measured to choose no better plans even refined, else the table.
+            On ResNet-20 at 3.5 %
             of the bytes, measured on calibration inputs, this plan had a KL divergence
             a quarter below that of one step for all layers, and half of that of the
             rounded objective.
         fisher_power: α in w_l = (F̄_l / F̄)^α for compensated and (F̄_l / F̄)^(α−1) for
             rounded errors, F̄_l the mean Fisher value of layer l, F̄ that of the network.
             1 weights the layers by their Fisher information, 0 all alike. None: 0 with
-            steps, where weighting by it was measured to cost bytes, 1 otherwise, and
-            wherever the table was calibrated.
+            steps, where weighting by it was measured to cost bytes, 1 otherwise.
     """
 
     errors: Literal["compensated", "rounded"] | None = None
@@ -56,12 +55,9 @@ class Objective:
         grids = [table.grids[g] for g in problem.grids]
         steps = np.array([grid.step or 0.0 for grid in grids])
         only_steps = bool((steps > 0).all())
-        by_law = only_steps and not (
-            self.errors is None and "step" in table.provenance.get("calibrated", {})
-        )
-        errors = self.errors or ("compensated" if by_law else "rounded")
+        errors = self.errors or ("compensated" if only_steps else "rounded")
         power = self.fisher_power
-        power = (0.0 if by_law else 1.0) if power is None else power
+        power = (0.0 if only_steps else 1.0) if power is None else power
         overall = float(table.fisher_trace.sum() / table.sizes.sum())
         floor = max(overall, 1e-200) * 1e-9
         relative = np.maximum(table.fisher_trace / table.sizes, floor) / max(

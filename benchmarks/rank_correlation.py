@@ -311,7 +311,7 @@ def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
     """Draw predicted against true loss rises, log-log, a panel for each metric."""
     import matplotlib as mpl
 
-    mpl.use("svg")
+    mpl.use("agg")
     import matplotlib.pyplot as plt
 
     found = result[regime]
@@ -332,7 +332,7 @@ def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("true KL, nats", fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

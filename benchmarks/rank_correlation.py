@@ -313,6 +313,7 @@ def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     found = result[regime]
     shown = [row for row in found["rows"] if min(row["predicted"]) > 0]
@@ -329,6 +330,8 @@ def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
         axis.loglog(ends, ends, color="0.6", linewidth=0.8)
         axis.set_title(f"{row['sensitivity']}\nρ = {row['spearman']:.2f}", fontsize=7)
         axis.tick_params(labelsize=6)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(0.7 * min(found["true"]), 1.4 * max(found["true"]))
     for axis in axes[:, 0]:
         axis.set_ylabel("true KL, nats", fontsize=7)
     figure.tight_layout()

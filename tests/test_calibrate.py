@@ -287,6 +287,9 @@ def test_wrong_input(net, loader, table) -> None:
     for name, value in (("plans", 7), ("plans", 9.0), ("samples", 1)):
         with pytest.raises(OptionError, match=name):
             fc.calibrate(table, net, loader, **{name: value})
+    for refit in (fc.calibrate, fc.refine):
+        with pytest.raises(OptionError, match="rule"):
+            refit(table, net, loader, masks="magnitude", progress=False)
     with pytest.raises(OptionError, match="temperature"):
         fc.calibrate(table, net, loader, temperature=float("nan"))
 

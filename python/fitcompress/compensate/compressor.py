@@ -20,7 +20,7 @@ from fitcompress.compensate.activations import (
 )
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.calibration import prepare
-from fitcompress.compensate.lockstep import Lockstep
+from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.rounding import rounded
@@ -29,7 +29,6 @@ from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.data.batches import digest
-from fitcompress.errors import CalibrationError
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -266,7 +265,7 @@ class Compressor:
             for _ in layers:
                 reached, reached_now = dense.advance(), now.advance()
                 if reached is None or reached_now is None:
-                    raise _not_reached([n for n in layers if n not in levels], layers)
+                    raise not_reached(layers, levels)
                 name, layer = reached[0], layers[reached[0]]
                 level = scaled(self.plan.levels[name], pace.factor(name))
                 levels[name] = level
@@ -377,15 +376,6 @@ def _largest_code(level: Level) -> int:
 
 def _coded_bytes(codes: torch.Tensor) -> int:
     return len(_core.encode(codes.cpu().numpy()))
-
-
-def _not_reached(missing: list[str], layers: dict[str, Layer]) -> CalibrationError:
-    return CalibrationError(
-        f"the calibration data never reach layer {missing[0]!r}",
-        got=f"{len(missing)} of {len(layers)} layers not reached",
-        wanted="a forward pass that uses every compressible layer",
-        fix="calibrate with inputs that exercise it, or remove the layer",
-    )
 
 
 def _judge(trusts: list[float], samples: int) -> None:

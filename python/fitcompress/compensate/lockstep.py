@@ -19,12 +19,12 @@ from fitcompress.errors import CalibrationError
 from fitcompress.model.patches import layer_input
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from types import TracebackType
 
     from torch import nn
 
-__all__ = ["Lockstep"]
+__all__ = ["Lockstep", "not_reached"]
 
 
 class _AbandonedError(BaseException):
@@ -160,3 +160,20 @@ class Lockstep:
         if None in names:
             return None
         return str(names.pop()), [a[1] for a in arrivals if a is not None]
+
+
+def not_reached(layers: Iterable[str], done: Container[str]) -> CalibrationError:
+    """Return the error for passes that end before all layers are done.
+
+    Args:
+        layers: Names of all.
+        done: Names of those that were reached.
+    """
+    names = list(layers)
+    missing = [name for name in names if name not in done]
+    return CalibrationError(
+        f"the calibration data never reach layer {missing[0]!r}",
+        got=f"{len(missing)} of {len(names)} layers not reached",
+        wanted="a forward pass that uses every compressible layer",
+        fix="calibrate with inputs that exercise it, or remove the layer",
+    )

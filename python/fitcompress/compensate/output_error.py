@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.compensate.calibration import prepare
-from fitcompress.compensate.lockstep import Lockstep
+from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.statistics import gather
 from fitcompress.compensate.target import Normal, solve
-from fitcompress.errors import CalibrationError, PlanMismatchError
+from fitcompress.errors import PlanMismatchError
 from fitcompress.model import check_finite, compressible_layers
 from fitcompress.model.copies import copy_of
 from fitcompress.progress import Bar
@@ -136,7 +136,7 @@ class OutputError:
                 for _ in layers:
                     reached = passes.advance()
                     if reached is None:
-                        raise _not_reached([n for n in layers if n not in found])
+                        raise not_reached(layers, found)
                     name, inputs = reached
                     found[name] = _curvature(
                         layers[name], inputs, outlets[name], options
@@ -170,12 +170,3 @@ def _curvature(
         )
         found[group, target.order.cpu()] = target.inverse.reciprocal().cpu()
     return found.float()
-
-
-def _not_reached(missing: list[str]) -> CalibrationError:
-    return CalibrationError(
-        f"the calibration data never reach layer {missing[0]!r}",
-        got=f"{len(missing)} layers not reached",
-        wanted="a forward pass that uses every compressible layer",
-        fix="calibrate with inputs that exercise it, or remove the layer",
-    )

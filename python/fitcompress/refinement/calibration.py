@@ -33,7 +33,7 @@ from fitcompress.refinement.regression import (
     simplest,
 )
 from fitcompress.search.plan import Level, Plan
-from fitcompress.sensitivity.mask_rules import importance_of
+from fitcompress.sensitivity.mask_rules import check_rule, importance_of
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def calibrate(
     dense = remove(copy_of(model), activations=True).eval()
     layers = compressible_layers(dense)
     check_layers(sensitivity, {layer.name: layer for layer in layers})
+    if masks is not None:
+        check_rule(masks, layers)
     kinds = [kind for kind in families(sensitivity) if family in (kind, "any")]
     if not kinds:
         raise OptionError(

@@ -11,10 +11,10 @@ import torch
 
 from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.levels import level_weights, swapped
-from fitcompress.compensate.lockstep import Lockstep
+from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.data.batches import digest
-from fitcompress.errors import CalibrationError, NonFiniteError
+from fitcompress.errors import NonFiniteError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
 from fitcompress.model.replay import Replay
@@ -24,6 +24,7 @@ from fitcompress.refinement.anchors import anchors, corrected
 from fitcompress.refinement.checks import check_batches, check_layers
 from fitcompress.refinement.divergences import log_probabilities, softened_divergence
 from fitcompress.search.plan import Level
+from fitcompress.sensitivity.mask_rules import check_rule
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def measure_levels(
     dense = remove(copy_of(model), activations=True).eval()
     layers = {layer.name: layer for layer in compressible_layers(dense)}
     check_layers(sensitivity, layers)
+    if masks is not None:
+        check_rule(masks, layers.values())
     cells = anchors(sensitivity, options.grids, options.sparsities)
     with threads(FIXED), torch.no_grad():
         modules = {name: layer.module for name, layer in layers.items()}
@@ -146,13 +149,7 @@ def _level_weights(
         for _ in layers:
             reached = passes.advance()
             if reached is None:
-                missing = next(name for name in layers if name not in made)
-                raise CalibrationError(
-                    f"the inputs never reach layer {missing!r}",
-                    got=f"{len(made)} of {len(layers)} layers reached",
-                    wanted="a forward pass that uses every compressible layer",
-                    fix="give inputs that exercise it",
-                )
+                raise not_reached(layers, made)
             name, inputs = reached
             layer = layers[name]
             shares = table.sparsity[place[name]]

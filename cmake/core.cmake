@@ -10,7 +10,7 @@ set(PYBIND11_FINDPYTHON ON)
 find_package(pybind11 2.13 CONFIG REQUIRED)
 
 pybind11_add_module(_core MODULE
-  csrc/search/bindings.cpp
+  csrc/core.cpp
   csrc/search/branch_and_bound.cpp
   csrc/search/convex_front.cpp
   csrc/search/knapsack.cpp
@@ -30,9 +30,17 @@ pybind11_add_module(_core MODULE
   csrc/search/plan_repair.cpp
   csrc/search/remaining_layers.cpp
   csrc/search/single_budget.cpp
+  csrc/storage/adaptive_codec.cpp
+  csrc/storage/codec_bindings.cpp
+  csrc/storage/sequence_dictionary.cpp
+  csrc/storage/static_decoder.cpp
+  csrc/storage/static_encoder.cpp
+  csrc/storage/static_layout.cpp
+  csrc/storage/symbol_shares.cpp
   csrc/storage/weight_codec.cpp)
 # The same plan on every machine: no fused multiply-add where the source has two roundings.
 file(GLOB search_sources RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} csrc/search/*.cpp)
 set_source_files_properties(${search_sources} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
-target_link_libraries(_core PRIVATE fitcompress_options)
+find_package(Threads REQUIRED)
+target_link_libraries(_core PRIVATE fitcompress_options Threads::Threads)
 install(TARGETS _core LIBRARY DESTINATION fitcompress)

@@ -45,13 +45,13 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(matrices)
 def test_round_trip(codes: np.ndarray) -> None:
-    assert same(_core.decode(_core.encode(codes), *codes.shape), codes)
+    assert same(_core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes)
 
 
 @settings(max_examples=60, deadline=None)
 @given(matrices)
 def test_bytes_of_the_python_twin(codes: np.ndarray) -> None:
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     assert data == reference.encode(codes)
     assert same(reference.decode(data, *codes.shape), codes)
 
@@ -62,7 +62,7 @@ def test_bytes_of_the_python_twin_on_layers(
     shape: tuple[int, int], scale: float
 ) -> None:
     codes = laplacian(scale, shape)
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     assert data == reference.encode(codes)
     assert same(reference.decode(data, *shape), codes)
 
@@ -71,7 +71,7 @@ def test_stream_is_fixed() -> None:
     # Files outlive versions: these bytes must decode to these codes for ever.
     codes = np.array([[0, 1, -1], [2, 0, 0], [-20, 0, 3]], np.int32)
     data = bytes.fromhex("012701f68e17691bb5")
-    assert _core.encode(codes) == data
+    assert _core.encode(codes, coding="adaptive") == data
     assert same(_core.decode(data, 3, 3), codes)
 
 
@@ -86,7 +86,7 @@ def test_stream_is_fixed() -> None:
     ],
 )
 def test_trivial_matrices_take_few_bytes(codes: np.ndarray, size: int) -> None:
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     assert len(data) <= size
     assert same(_core.decode(data, *codes.shape), codes)
 
@@ -108,7 +108,7 @@ def test_size_of_independent_codes(
     scale: float, shape: tuple[int, int], bound: float
 ) -> None:
     codes = laplacian(scale, shape)
-    assert len(_core.encode(codes)) < bound * order0_bytes(codes)
+    assert len(_core.encode(codes, coding="adaptive")) < bound * order0_bytes(codes)
 
 
 def test_size_below_order0_where_rows_and_columns_differ() -> None:
@@ -116,17 +116,17 @@ def test_size_below_order0_where_rows_and_columns_differ() -> None:
     rng = np.random.default_rng(0)
     scales = 2 ** rng.uniform(-1, 1, (64, 1)) * 2 ** rng.uniform(-1, 1, (1, 512))
     codes = np.rint(rng.laplace(size=(64, 512)) * scales).astype(np.int32)
-    assert len(_core.encode(codes)) < 0.97 * order0_bytes(codes)
+    assert len(_core.encode(codes, coding="adaptive")) < 0.97 * order0_bytes(codes)
 
 
 def test_size_below_order0_where_kernels_are_smooth() -> None:
     codes = smooth_kernels((64, 64, 9))
-    assert len(_core.encode(codes)) < 0.94 * order0_bytes(codes)
+    assert len(_core.encode(codes, coding="adaptive")) < 0.94 * order0_bytes(codes)
 
 
 def test_a_matrix_that_is_not_contiguous() -> None:
     codes = laplacian(1.0, (40, 60))[::2, ::-3]
-    assert same(_core.decode(_core.encode(codes), *codes.shape), codes)
+    assert same(_core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32, np.uint32])
@@ -145,7 +145,7 @@ def test_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
 def test_codes_out_of_range_are_refused(code: int) -> None:
     codes = np.array([[0, 0, code]], np.int32)
     with pytest.raises(ValueError, match=f"got {code} at flat index 2"):
-        _core.encode(codes)
+        _core.encode(codes, coding="adaptive")
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,14 @@ def decoded_or_refused(data: bytes, shape: tuple[int, int]) -> np.ndarray | None
 def test_truncation_at_every_length() -> None:
     # There is no checksum here (the container has one), but little slips through.
     codes = laplacian(1.0, (16, 27))
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     cut = [decoded_or_refused(data[:n], codes.shape) for n in range(len(data))]
     assert all(c is None for c in cut[:-2])
 
 
 def test_trailing_bytes_are_refused() -> None:
     codes = laplacian(1.0, (16, 27))
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     for extra in (b"\0", b"\1", bytes(8), b"\xff" * 100):
         with pytest.raises(ValueError, match="wanted"):
             _core.decode(data + extra, *codes.shape)
@@ -209,7 +209,7 @@ def test_trailing_bytes_are_refused() -> None:
 def test_flipped_bits() -> None:
     # Nine of ten are noticed because the stream should have ended elsewhere.
     codes = laplacian(1.0, (16, 27))
-    data = _core.encode(codes)
+    data = _core.encode(codes, coding="adaptive")
     silent = 0
     for i in range(8 * len(data)):
         damaged = bytearray(data)

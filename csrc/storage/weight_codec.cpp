@@ -1,26 +1,17 @@
-// The stream: codec number, scale byte, weights per kernel, range-coded questions of WeightModel.
-// A matrix of zeros, or of nothing, ends after a scale byte of 0.
 #include "storage/weight_codec.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "storage/range_coder.h"
+#include "storage/adaptive_codec.h"
+#include "storage/static_codec.h"
 #include "storage/weight_model.h"
 
 namespace fitcompress {
 namespace {
-
-constexpr std::uint8_t kAdaptiveCodec = 1;
-constexpr std::size_t kHeader = 3;
-// A question keeps at least 32/2^16 of the interval from the likelier answer: 7e-4 bit a weight.
-constexpr std::int64_t kMostWeightsPerByte = 12000;
-// Kernel sizes worth trying, and the number of weights to try them on.
-constexpr int kPeriods[] = {9, 1, 25, 49, 3, 5, 7, 4, 16, 27};
-constexpr std::int64_t kSample = 1 << 16;
 
 std::int64_t checked_count(std::int64_t rows, std::int64_t cols) {
   constexpr std::int64_t kMost = std::int64_t{1} << 32;
@@ -31,109 +22,94 @@ std::int64_t checked_count(std::int64_t rows, std::int64_t cols) {
   return rows * cols;
 }
 
-// The scale byte of a matrix: its mean magnitude rounded down; 0 where every code is 0.
-int scale_of(const std::int32_t* codes, std::int64_t count) {
-  std::int64_t sum = 0;
+// Whether every code is 0, after a check of all.
+bool only_zeros(const std::int32_t* codes, std::int64_t count) {
+  std::int32_t any = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     if (codes[i] > kLargestCode || codes[i] < -kLargestCode) {
       throw std::invalid_argument("codes: got " + std::to_string(codes[i]) + " at flat index " +
                                   std::to_string(i) + ", wanted at most ±2^30");
     }
-    sum += std::abs(codes[i]);
+    any |= codes[i];
   }
-  if (sum == 0) return 0;
-  const std::int64_t mean = sum / count * 256 + sum % count * 256 / count;
-  int scale = 1;
-  while (scale < kLargestScale && scale_value(scale + 1) <= mean) ++scale;
-  return scale;
+  return any == 0;
 }
 
-void append(const std::int32_t* codes, std::int64_t rows, std::int64_t cols, int period, int scale,
-            std::vector<std::uint8_t>* bytes) {
-  RangeEncoder coder(bytes);
-  WeightModel<RangeEncoder> model(&coder, codes, cols, period, scale);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int32_t* row = codes + r * cols;
-    model.code_row(r, [row](std::int64_t c) { return row[c]; }, [](std::int64_t, std::int32_t) {});
-  }
-  coder.finish();
-}
+bool all_zero(const std::uint8_t* bytes) { return bytes[0] == kAdaptiveCodec && bytes[1] == 0; }
 
-// The kernel size under which the first rows become shortest.
-int best_period(const std::int32_t* codes, std::int64_t rows, std::int64_t cols, int scale) {
-  const std::int64_t some = std::clamp<std::int64_t>(kSample / cols, 1, rows);
-  int best = 1;
-  std::size_t best_size = std::numeric_limits<std::size_t>::max();
-  for (const int period : kPeriods) {
-    if (cols % period != 0) continue;
-    std::vector<std::uint8_t> bytes;
-    append(codes, some, cols, period, scale, &bytes);
-    if (bytes.size() < best_size) {
-      best = period;
-      best_size = bytes.size();
+void check_largest(const std::int32_t* codes, std::int64_t count, std::int32_t largest) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (std::abs(codes[i]) > largest) {
+      throw std::invalid_argument("coded weights: got a code of " + std::to_string(codes[i]) +
+                                  ", wanted at most ±" + std::to_string(largest));
     }
   }
-  return best;
 }
 
 }  // namespace
 
 std::vector<std::uint8_t> encode_weights(const std::int32_t* codes, std::int64_t rows,
-                                         std::int64_t cols) {
-  const int scale = scale_of(codes, checked_count(rows, cols));
-  std::vector<std::uint8_t> bytes{kAdaptiveCodec, static_cast<std::uint8_t>(scale)};
-  if (scale == 0) return bytes;
-  const int period = best_period(codes, rows, cols, scale);
-  bytes.push_back(static_cast<std::uint8_t>(period));
-  append(codes, rows, cols, period, scale, &bytes);
-  return bytes;
+                                         std::int64_t cols, Coding coding, int threads) {
+  const std::int64_t count = checked_count(rows, cols);
+  if (only_zeros(codes, count) || coding == Coding::kAdaptive) {
+    return encode_adaptive(codes, rows, cols);
+  }
+  std::vector<std::uint8_t> fast = encode_static(codes, count, threads);
+  if (coding == Coding::kStatic) return fast;
+  std::vector<std::uint8_t> small = encode_adaptive(codes, rows, cols);
+  return small.size() < fast.size() ? small : fast;
 }
 
 void check_stream(const std::uint8_t* bytes, std::size_t size, std::int64_t rows,
                   std::int64_t cols) {
+  const std::int64_t count = checked_count(rows, cols);
   const auto fail = [](const std::string& what) {
     throw std::invalid_argument("coded weights: " + what);
   };
-  const std::int64_t count = checked_count(rows, cols);
   if (size < 2) fail("got " + std::to_string(size) + " bytes, wanted at least 2");
-  if (bytes[0] != kAdaptiveCodec) fail("got codec " + std::to_string(bytes[0]) + ", wanted 1");
-  const int scale = bytes[1];
-  if (scale == 0) {
-    if (size != 2) fail("got " + std::to_string(size) + " bytes of zeros, wanted 2");
-    return;
-  }
-  if (scale > kLargestScale || count == 0) {
-    fail("got scale " + std::to_string(scale) + " for " + std::to_string(count) +
-         " weights, wanted at most " + std::to_string(count == 0 ? 0 : kLargestScale));
-  }
-  if (size < kHeader) fail("got 2 bytes, wanted at least 3");
-  const int period = bytes[2];
-  if (period < 1 || period > kLargestPeriod || cols % period != 0) {
-    fail("got kernels of " + std::to_string(period) + " weights, wanted a divisor of " +
-         std::to_string(cols) + " up to " + std::to_string(kLargestPeriod));
-  }
-  const auto most = static_cast<std::int64_t>(size) * kMostWeightsPerByte + 8 * kMostWeightsPerByte;
-  if (count > most) {
-    fail("truncated, got " + std::to_string(size) + " bytes for " + std::to_string(count) +
-         " weights");
+  if (bytes[0] == kAdaptiveCodec) {
+    check_adaptive(bytes, size, rows, cols);
+  } else if (bytes[0] == kStaticCodec) {
+    check_static(size, count);
+  } else {
+    fail("got codec " + std::to_string(bytes[0]) + ", wanted 1 or 2");
   }
 }
 
 void decode_weights(const std::uint8_t* bytes, std::size_t size, std::int64_t rows,
-                    std::int64_t cols, std::int32_t* codes) {
+                    std::int64_t cols, std::int32_t largest, int threads, std::int32_t* codes) {
   check_stream(bytes, size, rows, cols);
-  if (bytes[1] == 0) {
-    std::fill(codes, codes + rows * cols, 0);
+  if (bytes[0] == kStaticCodec) {
+    decode_static(bytes, size, rows * cols, largest, threads,
+                  {codes, nullptr, nullptr, false, cols});
     return;
   }
-  RangeDecoder coder(bytes + kHeader, size - kHeader);
-  WeightModel<RangeDecoder> model(&coder, codes, cols, bytes[2], bytes[1]);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::int32_t* row = codes + r * cols;
-    model.code_row(
-        r, [](std::int64_t) { return 0; }, [row](std::int64_t c, std::int32_t x) { row[c] = x; });
+  decode_adaptive(bytes, size, rows, cols, codes);
+  check_largest(codes, rows * cols, largest);
+}
+
+void decode_values(const std::uint8_t* bytes, std::size_t size, std::int64_t rows,
+                   std::int64_t cols, std::int32_t largest, int threads, const float* scales,
+                   bool scale_per_row, float* values) {
+  check_stream(bytes, size, rows, cols);
+  if (bytes[0] == kStaticCodec) {
+    decode_static(bytes, size, rows * cols, largest, threads,
+                  {nullptr, values, scales, scale_per_row, cols});
+    return;
   }
-  coder.finish();
+  if (all_zero(bytes)) {
+    std::fill(values, values + rows * cols, 0.0f);
+    return;
+  }
+  std::unique_ptr<std::int32_t[]> codes(new std::int32_t[rows * cols]);
+  decode_adaptive(bytes, size, rows, cols, codes.get());
+  check_largest(codes.get(), rows * cols, largest);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float scale = scales[scale_per_row ? r : 0];
+    for (std::int64_t i = r * cols; i < (r + 1) * cols; ++i) {
+      values[i] = static_cast<float>(codes[i]) * scale;
+    }
+  }
 }
 
 }  // namespace fitcompress

@@ -17,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "storage/adaptive_bit.h"
+
 namespace fitcompress {
 
 constexpr std::int32_t kLargestCode = 1 << 30;
@@ -36,12 +38,6 @@ inline int bucket_of(std::int64_t value, int largest) {
   return std::min(bucket, largest);
 }
 
-// The probability of a 1, p / 2^22, and from how many bits it was learnt.
-struct AdaptiveBit {
-  std::uint32_t p : 22;
-  std::uint32_t count : 10;
-};
-
 template <class Coder>
 class WeightModel {
  public:
@@ -56,7 +52,6 @@ class WeightModel {
         step_((std::int64_t{1} << 26) / (mean_ * mean_ / 128 + mean_ / 2 + 1)),
         channel_sum_(static_cast<std::size_t>(cols / period), 12 * mean_),
         tap_weights_(static_cast<std::size_t>(period)) {
-    for (int n = 0; n <= kLargestCount; ++n) rate_[n] = 131072 / (2 * n + 3);
     start_probabilities();
     start_taps();
   }
@@ -101,11 +96,10 @@ class WeightModel {
   static constexpr int kScales = 32;
   static constexpr int kGuesses = 16;
   static constexpr int kUnary = 14;
-  static constexpr int kLargestCount = 255;
   static constexpr int kLargestTapWeight = 1 << 22;  // 4.0: tap weights have 20 fractional bits
   using Taps = std::array<std::int32_t, kTaps>;
 
-  static AdaptiveBit start(std::int64_t p16) { return {static_cast<std::uint32_t>(p16 << 6), 4}; }
+  static AdaptiveBit start(std::int64_t p16) { return AdaptiveBit::start(p16); }
 
   void start_probabilities() {
     for (int s = 0; s < kScales; ++s) {
@@ -176,14 +170,7 @@ class WeightModel {
     return static_cast<std::int32_t>(value - 1);
   }
 
-  bool bit(bool value, AdaptiveBit* b) {
-    const std::uint32_t p = b->p;
-    value = coder_->code(value, std::clamp<std::uint32_t>(p >> 6, 32, 65504));
-    const std::int64_t target = value ? (1 << 22) - 1 : 0;
-    b->p = static_cast<std::uint32_t>(p + (((target - p) * rate_[b->count]) >> 16)) & 0x3FFFFF;
-    if (b->count < kLargestCount) b->count = (b->count + 1) & 0x3FF;
-    return value;
-  }
+  bool bit(bool value, AdaptiveBit* b) { return code_adaptive(coder_, value, b, rate_); }
 
   Coder* coder_;
   const std::int32_t* codes_;
@@ -194,7 +181,7 @@ class WeightModel {
   std::int64_t step_;   // of the LMS: 0.001 / variance
   std::vector<std::int64_t> channel_sum_;
   std::vector<Taps> tap_weights_;
-  std::array<std::int64_t, kLargestCount + 1> rate_;
+  const std::int64_t* rate_ = learning_rates().data();
   // [scale][guess: none, then agreeing with the sign, then opposing][question]
   std::array<std::array<std::array<AdaptiveBit, kUnary>, 2 * kGuesses>, kScales> magnitude_;
   std::array<AdaptiveBit, kGuesses> sign_;

@@ -33,8 +33,25 @@ class KnapsackResult(TypedDict):
     interrupted: bool
     timed_out: bool
 
-def encode(codes: NDArray[np.int32], /) -> bytes: ...
-def decode(data: bytes, rows: int, cols: int) -> NDArray[np.int32]: ...
+def encode(
+    codes: NDArray[np.int32],
+    /,
+    *,
+    coding: Literal["smallest", "adaptive", "static"] = "smallest",
+    threads: int = 1,
+) -> bytes: ...
+def decode(
+    data: bytes, rows: int, cols: int, *, largest: int = ..., threads: int = 1
+) -> NDArray[np.int32]: ...
+def dequantize(
+    data: bytes,
+    rows: int,
+    cols: int,
+    scales: NDArray[np.float32],
+    *,
+    largest: int = ...,
+    threads: int = 1,
+) -> NDArray[np.float32]: ...
 def path_search(
     grid_length: NDArray[np.float64],
     prune_length: NDArray[np.float64],

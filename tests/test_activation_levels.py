@@ -235,7 +235,8 @@ def test_no_activations_in_a_file_of_an_earlier_version(
     packed = packed_of(quantized)
     with monkeypatch.context() as patch:
         patch.setattr(container, "_version", lambda entry: 2)
-        data = pack(packed)
+        old = [dataclasses.replace(s, version=1) for s in packed.sections]
+        data = pack(dataclasses.replace(packed, sections=old))
     with pytest.raises(FormatError, match="later version"):
         unpack(data)
 

@@ -204,7 +204,7 @@ def tiny() -> bytes:
     """A packed file of a few hundred bytes with every kind of section."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    return packed_bytes(rounded(model.eval(), fc.Grid(bits=4)))
+    return packed_bytes(rounded(model.eval(), fc.Grid(bits=4)), coding="adaptive")
 
 
 @pytest.fixture
@@ -465,7 +465,8 @@ def upsampler(groups: int = 2) -> nn.Module:
 
 @pytest.fixture
 def upsampling() -> bytes:
-    return packed_bytes(rounded(upsampler(), fc.Grid(bits=4), sparsity=0.3))
+    small = rounded(upsampler(), fc.Grid(bits=4), sparsity=0.3)
+    return packed_bytes(small, coding="adaptive")
 
 
 @pytest.mark.parametrize("trainable", [False, True])

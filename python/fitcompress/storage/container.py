@@ -20,17 +20,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from fitcompress.errors import FormatError
 
-__all__ = ["Packed", "Section", "pack", "unpack"]
+__all__ = [
+    "Index",
+    "Packed",
+    "Section",
+    "StoredSection",
+    "open_index",
+    "pack",
+    "unpack",
+]
 
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
+STATIC_CODES = 4  # the first version with codes that the static coder made
 TRANSPOSED_GROUPS = "transposed_groups"  # a key that readers of version 1 must not skip
 ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
+MAX_HEADER = 1 << 16  # bytes; ours have 200
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 
 
@@ -41,10 +50,13 @@ class Section:
     Attributes:
         entry: JSON-serialisable description, without the payload's length.
         payload: Its bytes.
+        version: Of the format: of the file that it comes from, or the first that has
+            what the payload needs.
     """
 
     entry: dict[str, Any]
     payload: bytes
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Packed:
 def pack(packed: Packed) -> bytes:
     """Return the file's bytes."""
     entries = [{**s.entry, "bytes": len(s.payload)} for s in packed.sections]
-    version = max(_version(entry) for entry in entries) if entries else 1
+    needed = [max(_version(s.entry), s.version) for s in packed.sections]
+    version = max(needed, default=1)
     index = {"version": version, "plan": packed.plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
     payload = b"".join(
@@ -76,15 +89,72 @@ def pack(packed: Packed) -> bytes:
     return bytes(safetensors.numpy.save(tensors, MAGIC))
 
 
+@dataclass(frozen=True)
+class StoredSection:
+    """One payload that still lies in the file.
+
+    Attributes:
+        entry: What the index says of it.
+        number: Its place in the index.
+        version: Of the file's format.
+        body: Payload and checksum, in the file's buffer.
+    """
+
+    entry: dict[str, Any]
+    number: int
+    version: int
+    body: memoryview
+
+    def load(self) -> Section:
+        """Return the payload, its checksum verified.
+
+        Raises:
+            FormatError: It is wrong.
+        """
+        payload = bytes(self.body[:-4])
+        (stored,) = struct.unpack("<I", self.body[-4:])
+        if zlib.crc32(payload) != stored:
+            name = self.entry.get("name", self.number)
+            raise _damaged(f"the checksum of section {name!r} is wrong")
+        return Section(self.entry, payload, self.version)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the index of a packed file says, its payloads not read yet.
+
+    Attributes:
+        plan: What it says about the plan.
+        sections: The sections in the order of the file.
+        version: Of the format.
+        index_bytes: Size of the compressed index.
+    """
+
+    plan: dict[str, Any]
+    sections: list[StoredSection]
+    version: int
+    index_bytes: int
+
+
 def unpack(data: bytes) -> Packed:
     """Return the content of a file's bytes, every checksum verified.
 
     Raises:
         FormatError: The bytes are damaged, truncated, or something else.
     """
-    tensors = _container(data)
-    index = _index(tensors["index"])
-    payload = tensors["payload"]
+    index = open_index(memoryview(data))
+    return Packed(index.plan, [section.load() for section in index.sections])
+
+
+def open_index(data: memoryview) -> Index:
+    """Return what a file's bytes hold, only container and index read.
+
+    Raises:
+        FormatError: They are damaged, truncated, or something else.
+    """
+    found = _container(data)
+    index = _index(bytes(found["index"]))
+    payload = found["payload"]
     sections, start = [], 0
     for number, entry in enumerate(index["sections"]):
         if not isinstance(entry, dict):
@@ -99,38 +169,78 @@ def unpack(data: bytes) -> Packed:
             raise _damaged(
                 f"section {number} ends outside the file", got=end, wanted=len(payload)
             )
-        body = payload[start : start + length]
-        (stored,) = struct.unpack("<I", payload[end - 4 : end])
-        if zlib.crc32(body) != stored:
-            name = entry.get("name", number)
-            raise _damaged(f"the checksum of section {name!r} is wrong")
-        sections.append(Section(entry, body))
+        body = payload[start:end]
+        sections.append(StoredSection(entry, number, index["version"], body))
         start = end
     if start != len(payload):
         raise _damaged("bytes follow the last section", got=len(payload), wanted=start)
-    return Packed(index["plan"], sections)
+    return Index(index["plan"], sections, index["version"], len(found["index"]))
 
 
-def _container(data: bytes) -> dict[str, bytes]:
-    try:
-        tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except (
-        safetensors.SafetensorError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise _damaged("this is no .safetensors file", got=str(error)[:200]) from error
-    found = {
-        name: bytes(value["data"]) for name, value in tensors if value["dtype"] == "U8"
-    }
-    if set(found) != {"index", "payload"} or len(tensors) != 2:
+def _container(data: memoryview) -> dict[str, memoryview]:
+    """Return the two tensors of the container, as parts of ``data``."""
+    if len(data) < 8:
+        raise _damaged("this is no .safetensors file", got=f"{len(data)} bytes")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(MAX_HEADER, len(data) - 8):
         raise _damaged(
             "this is no packed file",
-            got=f"tensors {', '.join(sorted(n for n, _ in tensors)[:5]) or 'none'}",
+            got=f"a header of {length} bytes",
             wanted="index and payload",
         )
+    start = 8 + length
+    try:
+        header = json.loads(bytes(data[8:start]), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _damaged("this is no .safetensors file", got=str(error)[:200]) from error
+    if not isinstance(header, dict):
+        raise _damaged("this is no .safetensors file", got=type(header).__name__)
+    header.pop("__metadata__", None)
+    if set(header) != {"index", "payload"}:
+        raise _damaged(
+            "this is no packed file",
+            got=f"tensors {', '.join(sorted(header)[:5]) or 'none'}"[:200],
+            wanted="index and payload",
+        )
+    found, ends = {}, []
+    for name, value in header.items():
+        begin, end = _offsets(value, len(data) - start)
+        found[name] = data[start + begin : start + end]
+        ends.append((begin, end))
+    (first, middle), (after, last) = sorted(ends)
+    if first != 0 or middle != after or last != len(data) - start:
+        raise _damaged(
+            "the tensors of the container overlap or leave gaps",
+            got=str(ends),
+            wanted=f"0 to {len(data) - start}",
+        )
     return found
+
+
+def _offsets(entry: Any, most: int) -> tuple[int, int]:
+    """Return where a tensor lies, if its entry in the header is one of ours."""
+    try:
+        begin, end = entry["data_offsets"]
+        whole = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        good = type(begin) is type(end) is int and 0 <= begin <= end <= most
+    except (TypeError, ValueError, KeyError):
+        good = False
+    if not good or entry != whole:
+        raise _damaged(
+            "this is no packed file: a tensor is not what one holds",
+            got=str(entry)[:100],
+            wanted="one-dimensional U8 inside the file",
+        )
+    return begin, end
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, unless a key stands in it twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        msg = "a key stands in the header twice"
+        raise ValueError(msg)
+    return result
 
 
 def _index(data: bytes) -> dict[str, Any]:

@@ -9,7 +9,14 @@ import torch
 
 from fitcompress.errors import FormatError
 
-__all__ = ["DTYPES", "checked_shape", "from_bytes", "smallest_exact", "to_bytes"]
+__all__ = [
+    "DTYPES",
+    "checked_shape",
+    "from_bytes",
+    "smallest_exact",
+    "smallest_name",
+    "to_bytes",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "f8": torch.float64,
@@ -43,6 +50,11 @@ def smallest_exact(tensor: torch.Tensor) -> str:
             wanted=", ".join(str(d).removeprefix("torch.") for d in NAMES),
             fix="convert the model with .float()",
         )
+    return NAMES[tensor.dtype]
+
+
+def smallest_name(tensor: torch.Tensor) -> str:
+    """Return the name of a tensor's own dtype."""
     return NAMES[tensor.dtype]
 
 

@@ -44,6 +44,7 @@ def remove_channels(
     model: ir.Model,
     weights: dict[str, GraphWeight],
     inputs: dict[str, StoredActivation],
+    multiple: int,
 ) -> dict[str, int]:
     """Remove channels that do nothing, in place, until there are none.
 
@@ -51,6 +52,7 @@ def remove_channels(
         model: With placeholders.
         weights: Layer → weight.
         inputs: Layer → quantizer of its input.
+        multiple: Layers whose channels are a multiple of this keep one.
 
     Returns:
         Layer → how many of its output channels are gone.
@@ -61,7 +63,7 @@ def remove_channels(
         changed = False
         users = {use.node: use for use in single_uses(model, weights)}
         for use in users.values():
-            gone = _shrink(model, use, users, inputs)
+            gone = _shrink(model, use, users, inputs, multiple)
             if gone:
                 name = use.weight.name
                 removed[name] = removed.get(name, 0) + gone
@@ -74,6 +76,7 @@ def _shrink(
     use: Use,
     users: dict[ir.Node, Use],
     inputs: dict[str, StoredActivation],
+    multiple: int,
 ) -> int:
     """Remove channels that a layer makes for nothing; return how many."""
     rows = use.weight.rows
@@ -90,8 +93,7 @@ def _shrink(
     for user, values in paths:
         unused = ~_by_inputs(user).any(1)
         gone &= unused | (empty & _removable(user, values))
-    if gone.all():
-        gone[0] = False  # an operator without channels is none
+    _keep_multiple(gone, multiple)
     if not gone.any():
         return 0
     for user, values in paths:
@@ -109,6 +111,16 @@ def _shrink(
     for value in between:
         set_dimension(value, 1, len(kept))
     return int(gone.sum())
+
+
+def _keep_multiple(gone: NDArray[np.bool_], multiple: int) -> None:
+    """Let channels stay after all, the last ones, for a good number; in place."""
+    if gone.all():
+        gone[0] = False  # an operator without channels is none
+    if len(gone) % multiple == 0:
+        excess = int((~gone).sum()) % multiple
+        spare = (multiple - excess) % multiple
+        gone[np.flatnonzero(gone)[::-1][:spare]] = False
 
 
 def _follow(

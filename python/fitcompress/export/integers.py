@@ -47,7 +47,7 @@ SIGNED = (
 UNSIGNED = (IntegerType("UINT8", 8, False, 13), IntegerType("UINT16", 16, False, 21))
 
 
-def check_options(opset: int, min_bits: int) -> None:
+def check_options(opset: int, min_bits: int, channel_multiple: int) -> None:
     """Raise unless a file can be written with these options.
 
     Raises:
@@ -65,6 +65,12 @@ def check_options(opset: int, min_bits: int) -> None:
             "no integer type has these bits",
             got=f"min_bits={min_bits!r}",
             wanted="2, 4, 8 or 16",
+        )
+    if type(channel_multiple) is not int or channel_multiple < 1:
+        raise OptionError(
+            "layers cannot have a multiple of so many channels",
+            got=f"channel_multiple={channel_multiple!r}",
+            wanted="1 or more",
         )
 
 

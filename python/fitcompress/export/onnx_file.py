@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.errors import ExportError, PlanMismatchError
@@ -38,6 +39,7 @@ def export_onnx(
     packed: str | os.PathLike[str] | None = None,
     opset: int = 21,
     min_bits: int = 2,
+    channel_multiple: int = 16,
     dynamic_shapes: Any = None,
 ) -> ExportReport:
     """Write a compressed model to an ONNX file, its weights as integers.
@@ -64,6 +66,9 @@ def export_onnx(
             16-bit integers.
         min_bits: 2, 4, 8 or 16: no narrower integers than these for weights. With 8,
             runtimes can run integer kernels where inputs are quantized.
+        channel_multiple: A layer that has a multiple of so many channels keeps one:
+            kernels work on blocks of 8 or 16, and odd numbers cost them more than the
+            channels do. 1 removes every channel that does nothing.
         dynamic_shapes: As ``torch.onnx.export`` takes them; None leaves the first
             dimension of every tensor free, as the batch.
 
@@ -90,19 +95,29 @@ def export_onnx(
     """
     path = check_writable(path)
     check_packages()
-    check_options(opset, min_bits)
+    check_options(opset, min_bits, channel_multiple)
     if packed is not None:
         model = load(packed, copy.deepcopy(model), trainable=True)
     _check_compressed(model)
     check_finite(model)
-    traced = _traced(model, example_input, opset, min_bits, dynamic_shapes)
-    data, report = traced
+    options = _Options(opset, min_bits, channel_multiple, dynamic_shapes)
+    data, report = _converted(model, example_input, options)
     write_atomically(path, data)
     return ExportReport(path, **report)
 
 
-def _traced(
-    model: nn.Module, example: Any, opset: int, min_bits: int, dynamic_shapes: Any
+@dataclass(frozen=True)
+class _Options:
+    """Options of :func:`export_onnx`, checked."""
+
+    opset: int
+    min_bits: int
+    channel_multiple: int
+    dynamic_shapes: Any
+
+
+def _converted(
+    model: nn.Module, example: Any, options: _Options
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of the file and what the report says of it."""
     from fitcompress.export.channels import remove_channels
@@ -115,29 +130,31 @@ def _traced(
 
     weights = {w.name: GraphWeight.of(w) for w in coded_weights(model)}
     inputs = {stored.name: stored for stored in stored_activations(model)}
-    check_inputs(inputs.values(), opset)
+    check_inputs(inputs.values(), options.opset)
     graph = trace(
         model,
         example,
         weights,
         inputs,
-        opset=opset,
-        dynamic_shapes=dynamic_shapes,
+        opset=options.opset,
+        dynamic_shapes=options.dynamic_shapes,
     )
     before = len(serialized(graph)) + _float_bytes(weights)
     absorb_transposes(graph, weights)
     folded = fold_norms(graph, weights)
-    removed = remove_channels(graph, weights, inputs)
+    removed = remove_channels(graph, weights, inputs, options.channel_multiple)
     channels = {name: channel_of(model.get_submodule(name)) for name in inputs}
     input_kinds = write_inputs(graph, inputs, channels)
-    kinds = write_weights(graph, weights, opset=opset, min_bits=min_bits)
+    kinds = write_weights(
+        graph, weights, opset=options.opset, min_bits=options.min_bits
+    )
     data = serialized(graph)
     layers = tuple(
         _layer(weight, kinds.get(name), input_kinds.get(name))
         for name, weight in weights.items()
     )
     return data, {
-        "opset": opset,
+        "opset": options.opset,
         "bytes_before": before,
         "bytes_after": len(data),
         "layers": layers,

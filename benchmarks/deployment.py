@@ -1,0 +1,193 @@
+"""Compressed models as ONNX files: bytes, agreement with PyTorch, and latency.
+
+    python benchmarks/deployment.py --data DIR --weights FILE
+
+ResNet-20 on CIFAR-10, five plans. For each: the size of the packed file and of the
+ONNX file, and on how many of all test images ONNX Runtime and PyTorch name the same
+class. Then milliseconds per call on one thread at batch 1 and 64, in turns, of PyTorch
+in float, of ONNX Runtime in float, and of the exported files, "folded" with weights
+made float when the session starts (``session.disable_quant_qdq``).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+import torch
+
+import fitcompress as fc
+from fitcompress.cli.models import build_model, trained_model
+from fitcompress.data import load_dataset
+from fitcompress.export.onnx_file import serialized
+from fitcompress.export.placeholders import trace
+from fitcompress.model import compressible_layers
+from harness import Result, compare, parser, start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from fitcompress.data import Dataset
+
+AGREEMENT = 99.5  # % of the images on which both name the same class
+SHAPE = (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan to export.
+
+    Attributes:
+        bits: Of all weights; None searches entropy-coded steps.
+        activation_bits: Of all inputs of layers, or None.
+        size: Budget of the searched plan.
+        min_bits: Of the integers in the file.
+    """
+
+    bits: int | None = None
+    activation_bits: int | None = None
+    size: str = ""
+    min_bits: int = 2
+
+
+CASES = {
+    "8-bit weights": Case(8),
+    "4-bit weights": Case(4),
+    "8-bit weights and inputs": Case(8, 8),
+    "4-bit weights, 8-bit inputs": Case(4, 8),
+    "the same, stored as INT8": Case(4, 8, min_bits=8),
+    "steps, 6.7 %": Case(size="6.7%"),
+}
+
+
+def compressed(net: nn.Module, case: Case, source: Dataset, samples: int) -> nn.Module:
+    """Return the network at the levels of a case, errors compensated."""
+    loader = source.calibration(0)
+    if case.bits is None:
+        budget = fc.Budget(size=case.size)
+        return fc.compress(net, loader, budget, samples=samples, progress=False)
+    grid, inputs = fc.Grid(bits=case.bits), case.activation_bits
+    levels = {
+        layer.name: fc.Level(grid, 0.0, layer.shape, activation_bits=inputs)
+        for layer in compressible_layers(net)
+    }
+    return fc.apply(net, fc.Plan(levels), loader, samples=samples, progress=False)
+
+
+def session(path: Path, *, folded: bool = False) -> ort.InferenceSession:
+    """Return a session on one thread; ``folded``: weights to float as it starts."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if folded:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def runner(made: ort.InferenceSession) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from inputs to outputs."""
+    name = made.get_inputs()[0].name
+    return lambda x: torch.from_numpy(made.run(None, {name: x.numpy()})[0])
+
+
+@torch.no_grad()
+def classes(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+    """Return the class that a network names for every image."""
+    return torch.cat([run(part).argmax(1) for part in images.split(250)])
+
+
+def measure_files(
+    net: nn.Module, source: Dataset, folder: Path, result: Result, *, quick: bool
+) -> dict[str, Path]:
+    """Export every case and compare it with PyTorch; return the files."""
+    images, labels = (part[: 500 if quick else None] for part in source.test)
+    plain = folder / "float.onnx"
+    example = torch.zeros(2, *SHAPE)
+    graph = trace(net, example, (), (), opset=21, dynamic_shapes=None)
+    plain.write_bytes(serialized(graph))
+    expected = classes(net, images)
+    result.row(
+        case="float",
+        onnx_bytes=plain.stat().st_size,
+        agreement=_percent(classes(runner(session(plain)), images) == expected),
+        torch_accuracy=_percent(expected == labels),
+    )
+    files = {"float": plain}
+    for name, case in CASES.items():
+        small = compressed(net, case, source, 64 if quick else 1024)
+        path = folder / f"{len(files)}.onnx"
+        packed = fc.save(small, folder / "packed")
+        report = fc.export_onnx(small, path, example, min_bits=case.min_bits)
+        loaded = fc.load(folder / "packed", build_model("resnet20"))
+        expected = classes(loaded, images)
+        found = classes(runner(session(path)), images)
+        agreement = _percent(found == expected)
+        result.row(
+            case=name,
+            packed_bytes=packed,
+            onnx_bytes=path.stat().st_size,
+            channels_removed=sum(report.removed_channels.values()),
+            agreement=agreement,
+            torch_accuracy=_percent(expected == labels),
+            onnx_accuracy=_percent(found == labels),
+        )
+        result.bar(f"{name}: same class, %", agreement, AGREEMENT, "at least")
+        files[name] = path
+    return files
+
+
+def measure_latency(
+    net: nn.Module, files: dict[str, Path], result: Result, *, quick: bool
+) -> None:
+    """Time one call of everything at batch 1 and 64."""
+    made = {f"ONNX Runtime, {name}": session(path) for name, path in files.items()}
+    for name, case in CASES.items():
+        if case.activation_bits is None:
+            key = f"ONNX Runtime, {name}, folded"
+            made[key] = session(files[name], folded=True)
+    for batch in (1, 64):
+        x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(0))
+        candidates = {name: _call(runner(each), x) for name, each in made.items()}
+        candidates["PyTorch, float"] = _call(torch.inference_mode()(net), x)
+        found = compare(candidates, 3 if quick else 21, shortest=0.02)
+        for name, timing in found.timings.items():
+            ratio = found.ratio(name, "ONNX Runtime, float")
+            result.row(
+                case=name,
+                batch=batch,
+                ms=1000 * timing.wall.median,
+                q1_ms=1000 * timing.wall.q1,
+                q3_ms=1000 * timing.wall.q3,
+                of_onnx_float=ratio.median,
+            )
+
+
+def _call(run: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[], Any]:
+    return lambda: run(x)
+
+
+def _percent(hits: torch.Tensor) -> float:
+    return 100 * hits.double().mean().item()
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--data", default=os.environ.get("FITCOMPRESS_DATA"))
+    made.add_argument("--weights", type=Path, required=True)
+    arguments = made.parse_args()
+    result = start(arguments)
+    net = trained_model("resnet20", arguments.weights)
+    source = load_dataset("cifar10", arguments.data)
+    with tempfile.TemporaryDirectory() as folder:
+        files = measure_files(net, source, Path(folder), result, quick=arguments.quick)
+        measure_latency(net, files, result, quick=arguments.quick)
+    result.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@ ResNet-20 on CIFAR-10, five plans. For each: the size of the packed file and of 
 ONNX file, and on how many of all test images ONNX Runtime and PyTorch name the same
 class. Then milliseconds per call on one thread at batch 1 and 64, in turns, of PyTorch
 in float, of ONNX Runtime in float, and of the exported files, "folded" with weights
-made float when the session starts (``session.disable_quant_qdq``).
+made float when the session starts (``session.disable_quant_qdq``). The same for two
+untrained networks without shortcuts: five wide convolutions, three linear layers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 import torch
+from torch import nn
 
 import fitcompress as fc
 from fitcompress.cli.models import build_model, trained_model
@@ -26,12 +28,16 @@ from fitcompress.data import load_dataset
 from fitcompress.export.onnx_file import serialized
 from fitcompress.export.placeholders import trace
 from fitcompress.model import compressible_layers
+from fitcompress.quantize import (
+    ActivationQuantizer,
+    MinMaxObserver,
+    activations,
+    attach_activation,
+)
 from harness import Result, compare, parser, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import nn
 
     from fitcompress.data import Dataset
 
@@ -101,17 +107,65 @@ def classes(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.T
     return torch.cat([run(part).argmax(1) for part in images.split(250)])
 
 
+def float_file(net: nn.Module, example: torch.Tensor, folder: Path) -> Path:
+    """Write the network as it is to an ONNX file."""
+    graph = trace(net, example, (), (), opset=21, dynamic_shapes=None)
+    (folder / "float.onnx").write_bytes(serialized(graph))
+    return folder / "float.onnx"
+
+
+def untrained(net: nn.Module, shape: tuple[int, ...], folder: Path) -> dict[str, Path]:
+    """Export a network at random weights; only its speed means anything."""
+    x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+    files = {"float": float_file(net, x, folder)}
+    for name, case in list(CASES.items())[:3]:
+        grid, inputs = fc.Grid(bits=case.bits), case.activation_bits
+        levels = {
+            layer.name: fc.Level(grid, 0.0, layer.shape)
+            for layer in compressible_layers(net)
+        }
+        small = fc.apply(net, fc.Plan(levels), progress=False)
+        for layer in compressible_layers(net) if inputs else ():
+            made = ActivationQuantizer(inputs or 8, MinMaxObserver())
+            attach_activation(small.get_submodule(layer.name), made)
+        with torch.no_grad():
+            small(x)
+        for _, quantizer in activations(small):
+            quantizer.freeze()
+        files[name] = folder / f"untrained{len(files)}.onnx"
+        fc.export_onnx(small, files[name], x)
+    return files
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Return untrained networks and the shapes of their inputs."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for inputs, outputs, stride in (
+        (3, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1)
+    ):  # fmt: skip
+        conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        parts += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+    linears = (
+        nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+        nn.Linear(2048, 1024),
+    )  # fmt: skip
+    return {
+        "five convolutions": (nn.Sequential(*parts).eval(), SHAPE),
+        "three linear layers": (nn.Sequential(*linears).eval(), (1024,)),
+    }
+
+
 def measure_files(
     net: nn.Module, source: Dataset, folder: Path, result: Result, *, quick: bool
 ) -> dict[str, Path]:
     """Export every case and compare it with PyTorch; return the files."""
     images, labels = (part[: 500 if quick else None] for part in source.test)
-    plain = folder / "float.onnx"
     example = torch.zeros(2, *SHAPE)
-    graph = trace(net, example, (), (), opset=21, dynamic_shapes=None)
-    plain.write_bytes(serialized(graph))
+    plain = float_file(net, example, folder)
     expected = classes(net, images)
     result.row(
+        network="resnet20",
         case="float",
         onnx_bytes=plain.stat().st_size,
         agreement=_percent(classes(runner(session(plain)), images) == expected),
@@ -128,6 +182,7 @@ def measure_files(
         found = classes(runner(session(path)), images)
         agreement = _percent(found == expected)
         result.row(
+            network="resnet20",
             case=name,
             packed_bytes=packed,
             onnx_bytes=path.stat().st_size,
@@ -142,22 +197,28 @@ def measure_files(
 
 
 def measure_latency(
-    net: nn.Module, files: dict[str, Path], result: Result, *, quick: bool
+    network: str,
+    net: nn.Module,
+    shape: tuple[int, ...],
+    files: dict[str, Path],
+    result: Result,
+    *,
+    quick: bool,
 ) -> None:
     """Time one call of everything at batch 1 and 64."""
     made = {f"ONNX Runtime, {name}": session(path) for name, path in files.items()}
-    for name, case in CASES.items():
-        if case.activation_bits is None:
-            key = f"ONNX Runtime, {name}, folded"
-            made[key] = session(files[name], folded=True)
+    for name, path in files.items():
+        if name != "float" and CASES[name].activation_bits is None:
+            made[f"ONNX Runtime, {name}, folded"] = session(path, folded=True)
     for batch in (1, 64):
-        x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         candidates = {name: _call(runner(each), x) for name, each in made.items()}
         candidates["PyTorch, float"] = _call(torch.inference_mode()(net), x)
         found = compare(candidates, 3 if quick else 21, shortest=0.02)
         for name, timing in found.timings.items():
             ratio = found.ratio(name, "ONNX Runtime, float")
             result.row(
+                network=network,
                 case=name,
                 batch=batch,
                 ms=1000 * timing.wall.median,
@@ -185,7 +246,11 @@ def main() -> None:
     source = load_dataset("cifar10", arguments.data)
     with tempfile.TemporaryDirectory() as folder:
         files = measure_files(net, source, Path(folder), result, quick=arguments.quick)
-        measure_latency(net, files, result, quick=arguments.quick)
+        quick = arguments.quick
+        measure_latency("resnet20", net, SHAPE, files, result, quick=quick)
+        for name, (other, shape) in networks().items():
+            files = untrained(other, shape, Path(folder))
+            measure_latency(name, other, shape, files, result, quick=quick)
     result.finish()
 
 

@@ -123,6 +123,7 @@ def _converted(
     from fitcompress.export.channels import remove_channels
     from fitcompress.export.graph_weights import GraphWeight
     from fitcompress.export.layouts import absorb_transposes
+    from fitcompress.export.linears import split_linears
     from fitcompress.export.norms import fold_norms
     from fitcompress.export.placeholders import trace
     from fitcompress.export.write_inputs import check_inputs, write_inputs
@@ -143,6 +144,7 @@ def _converted(
     absorb_transposes(graph, weights)
     folded = fold_norms(graph, weights)
     removed = remove_channels(graph, weights, inputs, options.channel_multiple)
+    split_linears(graph, weights)
     channels = {name: channel_of(model.get_submodule(name)) for name in inputs}
     input_kinds = write_inputs(graph, inputs, channels)
     kinds = write_weights(

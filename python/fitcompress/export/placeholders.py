@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def trace(
 
     Raises:
         DataError: The model does not run on the example.
-        ExportError: It cannot be traced, or only for one batch size.
+        ExportError: It cannot be traced, or not with a free batch size.
     """
     plain = copy.deepcopy(model).cpu().eval()
     for module in plain.modules():
@@ -99,8 +100,7 @@ def trace(
         _mark_input(plain.get_submodule(name), name)
     named = isinstance(example, dict)
     arguments = () if named else _tuple(example)
-    own = dynamic_shapes is None
-    if own:
+    if dynamic_shapes is None:
         dynamic_shapes = _batch_dimensions(example)
     try:
         with _quiet():
@@ -116,13 +116,13 @@ def trace(
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         raise ExportError(
             "the model cannot be traced",
-            got=" ".join(str(error).split())[:300] or type(error).__name__,
-            wanted="a forward whose path does not depend on values of tensors",
-            fix="see what torch.export says about it, or export a part of the model",
+            got=_reason(error),
+            wanted="a forward that depends on values only through tensors, and runs "
+            "with any batch size",
+            fix="rewrite it as torch.export asks, say in dynamic_shapes what is free, "
+            "or export a part of the model",
         ) from error
     assert program is not None
-    if own:
-        _check_batch(program.model, example)
     return program.model
 
 
@@ -200,22 +200,12 @@ def _tuple_of(shapes: Any) -> tuple[Any, ...]:
     return shapes if isinstance(shapes, tuple) else (shapes,)
 
 
-def _check_batch(model: ir.Model, example: Any) -> None:
-    """Raise if tracing fixed the batch size.
-
-    Raises:
-        ExportError: It did.
-    """
-    size = _batch_size(example)
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) and value.shape[0] == size:
-            raise ExportError(
-                "the model runs with one batch size only",
-                got=f"input {value.name!r} of shape {value.shape}",
-                wanted="a batch size that is free",
-                fix="do not use the batch size as a number in forward, or say with "
-                "dynamic_shapes what is free",
-            )
+def _reason(error: BaseException) -> str:
+    """Return what lies behind an error of the exporter, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
+    return text[:300] or type(error).__name__
 
 
 @contextmanager

@@ -171,9 +171,12 @@ def measure_files(
         agreement=_percent(classes(runner(session(plain)), images) == expected),
         torch_accuracy=_percent(expected == labels),
     )
-    files = {"float": plain}
+    files, made = {"float": plain}, {}
     for name, case in CASES.items():
-        small = compressed(net, case, source, 64 if quick else 1024)
+        plan = (case.bits, case.activation_bits, case.size)
+        if plan not in made:
+            made[plan] = compressed(net, case, source, 64 if quick else 1024)
+        small = made[plan]
         path = folder / f"{len(files)}.onnx"
         packed = fc.save(small, folder / "packed")
         report = fc.export_onnx(small, path, example, min_bits=case.min_bits)

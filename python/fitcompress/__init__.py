@@ -9,6 +9,7 @@ from fitcompress import masks, methods, ops
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
+from fitcompress.export import ExportReport, export_onnx
 from fitcompress.quantize import remove
 from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
@@ -26,6 +27,7 @@ from fitcompress.versions import __version__, show_versions
 __all__ = [
     "Budget",
     "Compensation",
+    "ExportReport",
     "FisherMoments",
     "Grid",
     "Level",
@@ -39,6 +41,7 @@ __all__ = [
     "calibrate",
     "compress",
     "evaluate",
+    "export_onnx",
     "finetune",
     "load",
     "masks",

@@ -8,6 +8,7 @@ __all__ = [
     "CalibrationError",
     "DataError",
     "EmptyLoaderError",
+    "ExportError",
     "FitcompressError",
     "FormatError",
     "MemorisedDataWarning",
@@ -120,6 +121,10 @@ class BudgetExceededError(FitcompressError, ValueError):
     ) -> None:
         super().__init__(what, got=got, wanted=wanted, fix=fix)
         self.size_bytes = size_bytes
+
+
+class ExportError(FitcompressError, ValueError):
+    """A model cannot be written in the format of another runtime."""
 
 
 class OptionError(FitcompressError, ValueError):

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fitcompress.storage.sections import CodedWeight
+    from fitcompress.storage.coded_weight import CodedWeight
 
 __all__ = ["GraphWeight"]
 

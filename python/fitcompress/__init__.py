@@ -20,6 +20,8 @@ from fitcompress.sensitivity.moments import FisherMoments
 from fitcompress.sensitivity.moving_metric import MovingMetric
 from fitcompress.sensitivity.streaming import measure_shards
 from fitcompress.sensitivity.table import Grid, Sensitivity
+from fitcompress.storage.inspection import FileContents, inspect
+from fitcompress.storage.packed_file import PackedFile
 from fitcompress.storage.save_load import load, save
 from fitcompress.train import evaluate, finetune
 from fitcompress.versions import __version__, show_versions
@@ -28,10 +30,12 @@ __all__ = [
     "Budget",
     "Compensation",
     "ExportReport",
+    "FileContents",
     "FisherMoments",
     "Grid",
     "Level",
     "MovingMetric",
+    "PackedFile",
     "Plan",
     "Refinement",
     "Rule",
@@ -43,6 +47,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "finetune",
+    "inspect",
     "load",
     "masks",
     "measure",

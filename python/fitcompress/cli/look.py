@@ -1,4 +1,4 @@
-"""Commands that look: evaluate, report, versions."""
+"""Commands that look: evaluate, report, inspect, versions."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +21,13 @@ from fitcompress.data import load_dataset
 from fitcompress.errors import DataError
 from fitcompress.report import report as make_report
 from fitcompress.sensitivity.table import Sensitivity
+from fitcompress.storage.inspection import inspect as describe
 from fitcompress.storage.save_load import load
 from fitcompress.train import evaluate as score
 from fitcompress.versions import show_versions
 from fitcompress.versions import versions as all_versions
 
-__all__ = ["evaluate", "report", "versions"]
+__all__ = ["evaluate", "inspect", "report", "versions"]
 
 
 @app.command()
@@ -83,6 +84,18 @@ def report(
         result.html(html)
         console.print(f"wrote {html}")
     emit(json, result.to_dict())
+
+
+@app.command()
+def inspect(
+    packed: Annotated[Path, typer.Argument(help="A packed file.")],
+    json: JsonOption = None,
+) -> None:
+    """Say what a packed file holds: levels, zeros, bytes and entropy of each layer."""
+    prepare(json)
+    found = describe(packed)
+    console.print(str(found), highlight=False)
+    emit(json, found.to_dict())
 
 
 @app.command()

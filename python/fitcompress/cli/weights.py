@@ -52,6 +52,20 @@ class NormMode(str, Enum):
     batch = "batch"
 
 
+class CodingName(str, Enum):
+    """How codes are coded in the file."""
+
+    smallest = "smallest"
+    static = "static"
+
+
+CodingOption = Annotated[
+    CodingName,
+    typer.Option(
+        help="Of the file: smallest, or static, some 1 to 10 % larger and decoded many "
+        "times as fast."
+    ),
+]
 NORMS = NormMode(TUNE["norms"])
 SMALL = Path("small.safetensors")
 SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration inputs.")]
@@ -94,6 +108,7 @@ def compress(
     bias: BiasOption = USUAL.bias,
     augment: AugmentOption = True,
     seed: SeedOption = COMPRESS["seed"],
+    coding: CodingOption = CodingName.smallest,
     json: JsonOption = None,
 ) -> None:
     """Measure, search and apply in one go: no labels, no training."""
@@ -114,7 +129,7 @@ def compress(
         checkpoint=_partial(out),
         seed=seed,
     )
-    _store(network, small, out, json, start)
+    _store(network, small, out, json, start, coding)
 
 
 @app.command()
@@ -131,6 +146,7 @@ def apply(
     bias: BiasOption = USUAL.bias,
     augment: AugmentOption = True,
     seed: SeedOption = 0,
+    coding: CodingOption = CodingName.smallest,
     json: JsonOption = None,
 ) -> None:
     """Put a plan's levels on a model, errors compensated, and write the packed file."""
@@ -150,7 +166,7 @@ def apply(
         compensation=compensation,
         checkpoint=_partial(out),
     )
-    _store(network, small, out, json, start)
+    _store(network, small, out, json, start, coding)
 
 
 @app.command()
@@ -181,6 +197,7 @@ def finetune(
         "batch_size"
     ],
     seed: SeedOption = TUNE["seed"],
+    coding: CodingOption = CodingName.smallest,
     json: JsonOption = None,
 ) -> None:
     """Train the weights of a packed file on their grids, within its budget."""
@@ -206,7 +223,7 @@ def finetune(
     )
     console.print(str(result))
     values = {"divergence_before": result.before, "divergence_after": result.after}
-    _store(teacher, small, out, json, start, **values, kept=result.kept)
+    _store(teacher, small, out, json, start, coding, **values, kept=result.kept)
 
 
 @app.command()
@@ -215,6 +232,7 @@ def pack(
     model: ModelOption,
     weights: WeightsOption,
     out: OutOption = SMALL,
+    coding: CodingOption = CodingName.smallest,
     json: JsonOption = None,
 ) -> None:
     """Round weights to a plan's levels and write the packed file; needs no data."""
@@ -222,7 +240,7 @@ def pack(
     start = time.monotonic()
     chosen = Plan.load(plan)
     network = trained_model(model, weights)
-    _store(network, apply_plan(network, chosen), out, json, start)
+    _store(network, apply_plan(network, chosen), out, json, start, coding)
 
 
 @app.command()
@@ -255,9 +273,10 @@ def _store(
     out: Path,
     json: Path | None,
     start: float,
+    coding: CodingName,
     **more: Any,
 ) -> None:
-    size, dense = save(small, out), dense_bytes(network)
+    size, dense = save(small, out, coding=coding.value), dense_bytes(network)
     seconds = time.monotonic() - start
     console.print(
         f"{dense:,} ⇒ {size:,} bytes ({100 * size / dense:.2f} %), {seconds:.1f} s"

@@ -63,7 +63,7 @@ class PackedFile:
 
     def _open(self) -> None:
         index = self.index = open_index(self._view)
-        self._info = index.plan
+        self._info, self._version = index.plan, index.version
         self._coded: dict[str, StoredSection] = {}
         others: dict[str, StoredSection] = {}
         for section in index.sections:
@@ -106,6 +106,25 @@ class PackedFile:
     def names(self) -> list[str]:
         """Qualified names of the modules whose weights are coded, in order."""
         return list(self._coded)
+
+    @property
+    def version(self) -> int:
+        """Version of the format."""
+        return self._version
+
+    def coded_bytes(self, name: str) -> int:
+        """Return the bytes of a coded weight, its checksum included.
+
+        Raises:
+            KeyError: No weight of this module is coded.
+        """
+        return len(self._coded[name].body)
+
+    def section_bytes(self) -> tuple[int, int]:
+        """Return the bytes of the leftovers and of the quantizers of inputs."""
+        inputs = self._others.get(ACTIVATIONS)
+        left = len(self._others["leftovers"].body)
+        return left, 0 if inputs is None else len(inputs.body)
 
     def stored(self, name: str) -> StoredWeight:
         """Return a weight as it is stored, its checksum verified.

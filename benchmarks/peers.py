@@ -51,6 +51,7 @@ __all__ = [
     "bits_with_edges",
     "error_feedback",
     "gptq",
+    "import_nncodec",
     "nncodec",
     "reestimate_norms_",
     "rounded_to_bits",
@@ -263,7 +264,7 @@ def nncodec(
         ValueError: Nothing fits.
     """
     del inputs
-    codec = _import_nncodec()
+    codec = import_nncodec()
     small = copy.deepcopy(model).eval()
     if folded:
         fold_norms_(small)
@@ -298,7 +299,7 @@ def nncodec(
     return Compressed(small, len(stream))
 
 
-def _import_nncodec() -> Any:
+def import_nncodec() -> Any:
     """Return the module that codes; the frameworks around it are not needed.
 
     `nncodec.framework` holds data sets and training loops and imports torchvision,

@@ -45,7 +45,9 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(matrices)
 def test_round_trip(codes: np.ndarray) -> None:
-    assert same(_core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes)
+    assert same(
+        _core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,7 +128,9 @@ def test_size_below_order0_where_kernels_are_smooth() -> None:
 
 def test_a_matrix_that_is_not_contiguous() -> None:
     codes = laplacian(1.0, (40, 60))[::2, ::-3]
-    assert same(_core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes)
+    assert same(
+        _core.decode(_core.encode(codes, coding="adaptive"), *codes.shape), codes
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32, np.uint32])

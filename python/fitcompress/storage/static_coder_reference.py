@@ -135,7 +135,7 @@ def _unpack_extra(data: bytes, symbols: list[int], kind: Kind) -> list[int]:
     return codes
 
 
-def _length(value: int) -> bytes:
+def length_bytes(value: int) -> bytes:
     """Seven bits a byte, the lowest first; all bytes but the last have the eighth."""
     result = []
     while value >= 128:
@@ -168,8 +168,8 @@ def encoded_with(codes: NDArray[np.int32], layout: Layout) -> bytes:
         words = _pack(_sequences(layout, symbols), layout, lanes)
         blocks.append(words + _pack_extra(part, layout.kind))
     shares = encode_shares(layout.shares, layout.kind.symmetric)
-    lengths = [_length(len(block)) for block in blocks[:-1]]
-    head = bytes([CODEC, layout.flags]) + _length(len(shares)) + shares
+    lengths = [length_bytes(len(block)) for block in blocks[:-1]]
+    head = bytes([CODEC, layout.flags]) + length_bytes(len(shares)) + shares
     return b"".join([head, *lengths, *blocks])
 
 

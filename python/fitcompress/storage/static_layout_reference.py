@@ -132,7 +132,7 @@ class _Numbers:
         return -magnitude if negative else magnitude
 
 
-def _code_roots(coder: Coder, roots: list[int], symmetric: bool) -> list[int]:
+def code_roots(coder: Coder, roots: list[int], symmetric: bool) -> list[int]:
     """Code the roots of all symbols up to the last that occurs."""
     last = 0
     for i in reversed(range(8)):
@@ -164,14 +164,14 @@ def encode_shares(shares: Mapping[int, int], symmetric: bool) -> bytes:
     last = max(place_of(symbol) for symbol in shares)
     roots = [shares.get(symbol_at(place), 0) for place in range(last + 1)]
     coder = RangeEncoder()
-    _code_roots(coder, roots, symmetric)
+    code_roots(coder, roots, symmetric)
     return coder.finish()
 
 
 def decode_shares(data: bytes, symmetric: bool) -> dict[int, int]:
     """The shares that ``encode_shares`` turned into these bytes."""
     coder = RangeDecoder(data)
-    roots = _code_roots(coder, [0], symmetric)
+    roots = code_roots(coder, [0], symmetric)
     coder.finish()
     return {symbol_at(i): root for i, root in enumerate(roots) if root > 0}
 

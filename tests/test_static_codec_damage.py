@@ -72,7 +72,7 @@ def test_every_changed_byte(name: str) -> None:
         accepted += 1
         if codes.size < 1000 or accepted < 5:
             check_accepted(bytes(damaged), result)
-    assert accepted < 0.2 * 255 * len(data)
+    assert accepted < 0.4 * 255 * len(data)  # extra bits can say anything
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -230,6 +230,17 @@ def test_lengths_of_blocks_that_lie(
                      *codes.shape)  # fmt: skip
 
 
+def test_lengths_of_blocks_that_end_outside_together() -> None:
+    codes = sparse((3, BLOCK - 9), 3)
+    data = encode(codes)
+    place = 3 + data[2]
+    assert max(data[place], data[place + 1]) < 128
+    left = len(data) - place - 2
+    damaged = data[:place] + bytes([left - 1, 20]) + data[place + 2 :]
+    with pytest.raises(ValueError, match="a block ends outside"):
+        _core.decode(damaged, *codes.shape)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_damage_in_blocks(
     two_blocks: tuple[np.ndarray, bytes, int], threads: int

@@ -9,7 +9,7 @@
 //   last; blocks.
 //
 // A block: the states, little-endian, the words that they take up, and with classes the extra
-// bits of each code.
+// bits of each code. static_coder_reference.py is the twin in Python.
 #pragma once
 
 #include <cstddef>

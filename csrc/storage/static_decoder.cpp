@@ -153,8 +153,9 @@ void decode_block(const StaticLayout& layout, const DecodingTable& table, const 
 
 void check_static(std::size_t size, std::int64_t count) {
   if (count == 0) fail("got a stream of nothing, wanted codec 1");
+  // At least the states of every block and one byte of every length, that of the shares among them.
   const auto blocks = static_cast<std::uint64_t>((count + kBlock - 1) / kBlock);
-  if (size < kHeader + 4 * blocks) {
+  if (size < kHeader + blocks * (4 * static_cast<std::uint64_t>(states_for(count)) + 1)) {
     fail("truncated, got " + std::to_string(size) + " bytes for " + std::to_string(count) +
          " weights");
   }

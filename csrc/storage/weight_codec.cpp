@@ -98,7 +98,9 @@ void decode_values(const std::uint8_t* bytes, std::size_t size, std::int64_t row
     return;
   }
   if (all_zero(bytes)) {
-    std::fill(values, values + rows * cols, 0.0f);
+    for (std::int64_t r = 0; r < rows; ++r) {  // -0 where the scale is negative
+      std::fill(values + r * cols, values + (r + 1) * cols, 0.0f * scales[scale_per_row ? r : 0]);
+    }
     return;
   }
   std::unique_ptr<std::int32_t[]> codes(new std::int32_t[rows * cols]);

@@ -1,9 +1,9 @@
 // Weight codes as sequences of a static dictionary, entropy-coded: decoded at memory speed.
 //
-// What it costs is the order-0 entropy of the codes and less than a per cent; unlike the adaptive
-// codec it knows nothing of neighbours, rows and columns, and is ten times as fast or more. Blocks
-// of 2^18 weights are independent, so that threads can share the work. The stream, section 4b of
-// docs/format.md:
+// What it costs is the order-0 entropy of codes within a byte and less than a per cent; unlike the
+// adaptive codec it knows nothing of neighbours, rows and columns, and is ten times as fast or
+// more. Blocks of 2^18 weights are independent, so that threads can share the work. The stream,
+// section 4b of docs/format.md:
 //
 //   codec 2; flags (static_layout.h); bytes of the shares, shares; bytes of every block but the
 //   last; blocks.

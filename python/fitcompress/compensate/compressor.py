@@ -39,8 +39,10 @@ from fitcompress.quantize import (
     attach_grid,
     attach_plan,
     fold_norms_,
+    norm_digits,
     remove,
     round_leftovers_,
+    shorten_norms_,
 )
 from fitcompress.sensitivity.mask_rules import check_rule, importance_of
 from fitcompress.sensitivity.table import Grid
@@ -214,6 +216,8 @@ class Compressor:
             pilot: On a few samples and by the plain sweep, to learn the size.
         """
         small = copy_of(self._folded)
+        self._digits = norm_digits(self.plan)
+        shorten_norms_(small, self._digits)
         levels: dict[str, Level] = {}
         with Bar(
             f"apply: {pace.label}", len(self.layers), enabled=self.progress
@@ -276,7 +280,7 @@ class Compressor:
                     )
                     self.attempts.put(pace.label, name, made)
                 self._attach(small, layer, made)
-                self._outlets[name].adjust(small, made.shift, made.gain)
+                self._outlets[name].adjust(small, made.shift, made.gain, self._digits)
                 pace.spent(name, _coded_bytes(made.codes))
                 trusts.append(made.trust)
                 bar.advance(note=name)

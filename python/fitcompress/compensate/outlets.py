@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.model.patches import layer_input
-from fitcompress.quantize import is_folded, to_half
+from fitcompress.quantize import MOST_DIGITS, is_folded, shorten, to_half
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,7 @@ class Outlet:
         model: nn.Module,
         shift: torch.Tensor | None,
         gain: torch.Tensor | None,
+        digits: int = MOST_DIGITS,
     ) -> None:
         """Make up for outputs that come out as (y − shift) / gain, in place.
 
@@ -45,6 +46,7 @@ class Outlet:
             model: With folded norms, y ↦ a y + c.
             shift: To add to the layer's outputs, [rows], or None.
             gain: To multiply them by before, [rows], or None.
+            digits: Binary digits that the numbers of a norm keep.
         """
         if self.module is None:
             return
@@ -56,10 +58,12 @@ class Outlet:
             slope = module.weight.double()
         if shift is not None:
             moved = module.bias.double() + slope * shift.double()
-            module.bias.copy_(to_half(moved.float()))
+            short = to_half(moved.float())
+            module.bias.copy_(shorten(short, digits) if self.norm else short)
         if gain is not None and self.norm:
             assert isinstance(module.weight, torch.Tensor)
-            module.weight.copy_(to_half((slope * gain.double()).float()))
+            short = to_half((slope * gain.double()).float())
+            module.weight.copy_(shorten(short, digits))
 
 
 @torch.no_grad()

@@ -9,9 +9,13 @@ from fitcompress.quantize.activations import (
     detach_activation,
 )
 from fitcompress.quantize.leftovers import (
+    MOST_DIGITS,
     fold_norms_,
     is_folded,
+    norm_digits,
     round_leftovers_,
+    shorten,
+    shorten_norms_,
     to_half,
 )
 from fitcompress.quantize.observers import (
@@ -31,6 +35,7 @@ from fitcompress.quantize.weights import (
 )
 
 __all__ = [
+    "MOST_DIGITS",
     "ActivationQuantizer",
     "MSEObserver",
     "MinMaxObserver",
@@ -48,9 +53,12 @@ __all__ = [
     "grid_of",
     "half_up",
     "is_folded",
+    "norm_digits",
     "plan_of",
     "remove",
     "round_leftovers_",
     "row_scales",
+    "shorten",
+    "shorten_norms_",
     "to_half",
 ]

@@ -37,6 +37,7 @@ __all__ = [
 VERSIONS = (1, 2, 3, 4)
 STATIC_CODES = 4  # the first version with codes that the static coder made
 TRANSPOSED_GROUPS = "transposed_groups"  # a key that readers of version 1 must not skip
+NORM_BYTES = "norm_bytes"  # a key of leftovers with coded norms, since version 4
 ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
 MAX_HEADER = 1 << 16  # bytes; ours have 200
@@ -273,6 +274,8 @@ def _version(entry: dict[str, Any]) -> int:
     """Return the first version of the format that has this kind of section."""
     if entry.get("kind") == ACTIVATIONS:
         return 3
+    if NORM_BYTES in entry:
+        return 4
     return 2 if TRANSPOSED_GROUPS in entry else 1
 
 

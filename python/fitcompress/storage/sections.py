@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fitcompress.errors import FormatError
-from fitcompress.storage.container import Section
+from fitcompress.storage.container import NORM_BYTES, Section
+from fitcompress.storage.norm_codes import decode_norms, encode_norms
 from fitcompress.storage.tensors import (
     DTYPES,
     checked_shape,
@@ -19,6 +21,10 @@ from fitcompress.storage.tensors import (
 )
 
 __all__ = ["Leftovers", "read_leftovers", "write_leftovers"]
+
+HALF = "f2"
+MAX_CHANNELS = 1 << 28
+KEY_BYTES = 16  # that one more key takes in the index
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,28 @@ def write_leftovers(left: Leftovers) -> Section:
         stored, dtype = smallest_exact(tensor), smallest_name(tensor)
         tensors.append([key, stored, dtype, list(tensor.shape)])
         parts.append(to_bytes(tensor, stored))
+    halves, raw, others = [], b"", b""
     for prefix, (weight, bias, eps, counted) in left.norms.items():
         both = torch.stack([weight, bias])
         stored = smallest_exact(both)
         norms.append([prefix, stored, weight.numel(), eps, counted])
-        parts.append(to_bytes(both, stored))
-    entry = {
+        numbers = to_bytes(both, stored)
+        raw += numbers
+        if stored == HALF and weight.numel():
+            halves.append(both.cpu().half())
+        else:
+            others += numbers
+    entry: dict[str, Any] = {
         "kind": "leftovers",
         "tensors": tensors,
         "norms": norms,
         "aliases": left.aliases,
     }
-    return Section(entry, b"".join(parts))
+    coded = encode_norms(torch.cat(halves, 1)) if halves else b""
+    if coded and len(others) + len(coded) + KEY_BYTES < len(raw):
+        entry[NORM_BYTES] = len(coded)
+        raw = others + coded
+    return Section(entry, b"".join(parts) + raw)
 
 
 def read_leftovers(section: Section) -> Leftovers:
@@ -90,10 +106,17 @@ def read_leftovers(section: Section) -> Leftovers:
     tensors: dict[str, torch.Tensor] = {}
     norms: dict[str, tuple[torch.Tensor, torch.Tensor, float, bool]] = {}
     try:
+        payload, halves = _split(entry, payload)
         for key, stored, dtype, shape in entry["tensors"]:
             tensors[str(key)] = next_tensor(stored, dtype, checked_shape(shape))
         for prefix, stored, channels, eps, counted in entry["norms"]:
-            both = next_tensor(stored, "f4", checked_shape([2, channels]))
+            shape = checked_shape([2, channels])
+            if halves is not None and stored == HALF and channels:
+                both, halves = halves[:, :channels].float(), halves[:, channels:]
+                if both.shape[1] != channels:
+                    raise FormatError("numbers of norms are missing", got=prefix)
+            else:
+                both = next_tensor(stored, "f4", shape)
             norms[str(prefix)] = (
                 both[0].clone(),
                 both[1].clone(),
@@ -110,6 +133,8 @@ def read_leftovers(section: Section) -> Leftovers:
             "the section of leftovers cannot be read",
             got=f"{type(error).__name__}: {error}"[:200],
         ) from error
+    if halves is not None and halves.shape[1]:
+        raise FormatError("there are numbers of more norms", got=halves.shape[1])
     if start != len(payload):
         raise FormatError(
             "the section of leftovers does not fit its description",
@@ -117,3 +142,17 @@ def read_leftovers(section: Section) -> Leftovers:
             wanted=f"{start} bytes",
         )
     return Leftovers(tensors, norms, aliases)
+
+
+def _split(entry: dict[str, Any], payload: bytes) -> tuple[bytes, torch.Tensor | None]:
+    """Return the raw numbers of a payload, and those of norms, [2, channels]."""
+    if NORM_BYTES not in entry:
+        return payload, None
+    length = entry[NORM_BYTES]
+    if type(length) is not int or not 0 < length <= len(payload):
+        raise FormatError("the length of the norms is impossible", got=str(length)[:50])
+    channels = sum(row[2] for row in entry["norms"] if row[1] == HALF)
+    if type(channels) is not int or not 0 < channels <= MAX_CHANNELS:
+        raise FormatError("the norms have impossible channels", got=str(channels)[:50])
+    start = len(payload) - length
+    return payload[:start], decode_norms(payload[start:], channels)

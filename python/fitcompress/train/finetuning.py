@@ -32,8 +32,10 @@ from fitcompress.quantize import (
     activations,
     attach_plan,
     fold_norms_,
+    norm_digits,
     plan_of,
     round_leftovers_,
+    shorten_norms_,
 )
 from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.search import Budget
@@ -417,6 +419,7 @@ class _Trainer:
         self.small.eval()
         fold_norms_(self.small)
         round_leftovers_(self.small, list(self.scales))
+        shorten_norms_(self.small, norm_digits(plan_of(self.small)))
         return self.rate.finish()
 
     def _estimate_norms(self) -> None:

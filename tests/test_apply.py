@@ -116,6 +116,29 @@ def test_budgets_that_no_file_can_meet(net, loader) -> None:
             fc.apply(net, plan, loader, progress=False)
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_fixed_point_scales_are_widened_to_meet_a_budget(
+    net, loader, calibrated
+) -> None:
+    data = loader if calibrated else None
+    usual = fc.apply(net, plan_for(net, fc.Grid(bits=5)), data, progress=False)
+    size = len(packed_bytes(usual))
+    plan = plan_for(net, fc.Grid(bits=5), limit_bytes=int(0.9 * size))
+    small = fc.apply(net, plan, data, progress=False)
+    assert 0.85 * size < len(packed_bytes(small)) <= 0.9 * size
+    for before, after in zip(usual.modules(), small.modules(), strict=True):
+        if grid_of(before) is not None:
+            assert (grid_of(after).scale >= 0.99 * grid_of(before).scale).all()
+            assert grid_of(after).max_code == 15
+    strict = fc.Compensation(widen=False)
+    with pytest.raises(BudgetExceededError):
+        fc.apply(net, plan, data, compensation=strict, progress=False)
+    # One that is met needs no other scales.
+    loose = plan_for(net, fc.Grid(bits=5), limit_bytes=size + 8)
+    same = fc.apply(net, loose, data, progress=False)
+    assert torch.equal(same.head.weight, usual.head.weight)
+
+
 def test_a_generous_budget_is_met(net, loader, sensitivity) -> None:
     plan = fc.search(sensitivity, fc.Budget(size="500%"))
     small = fc.apply(net, plan, loader, progress=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
+from fitcompress.compensate.options import Compensation
 from fitcompress.data.batches import digest, take
 from fitcompress.errors import BudgetExceededError, FormatError
 from fitcompress.files import check_writable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fitcompress.compensate.options import Compensation
     from fitcompress.search.problem import Family
     from fitcompress.search.selection import Method
 
@@ -101,7 +101,7 @@ def compress(
             progress=progress,
         )
         files.keep(table, key)
-    tightened = budget
+    tightened, options = budget, compensation or Compensation()
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
         if budget.size is not None:
@@ -113,7 +113,8 @@ def compress(
                 plan,
                 inputs,
                 samples=samples,
-                compensation=compensation,
+                # Another plan is better than wider scales.
+                compensation=replace(options, widen=attempt == RETRIES),
                 checkpoint=files.path(_apply(attempt)),
                 progress=progress,
             )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import statistics
 import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +26,7 @@ from fitcompress.compensate.size_fit import Pace, entropy_bits, fit
 from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import DRIFT, LARGE
+from fitcompress.compensate.trust import judge
 from fitcompress.data.batches import digest
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
@@ -50,16 +49,13 @@ from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from fitcompress.compensate.calibration import Calibration
     from fitcompress.search.plan import Level, Plan
     from fitcompress.sensitivity.mask_rules import MaskRule
 
 __all__ = ["Compressor", "apply"]
-
-logger = logging.getLogger(__name__)
-TRUSTED = 0.5  # of what corrections gain on fitted data, to be gained on others
 
 
 def apply(
@@ -86,7 +82,8 @@ def apply(
     compressed network.
 
     If the plan bounds the bytes of the file, all entropy-coded steps are scaled by
-    about one factor until the packed file uses the budget and does not exceed it.
+    about one factor until the packed file uses the budget and does not exceed it. Of a
+    plan that has only fixed-point levels the scales are widened if it would.
 
     Args:
         model: The trained network; unchanged.
@@ -224,11 +221,10 @@ class Compressor:
         ) as bar:
             if self.calibration is None:
                 for layer in self.layers:
-                    level = scaled(
-                        self.plan.levels[layer.name], pace.factor(layer.name)
-                    )
+                    factor = pace.factor(layer.name)
+                    level = scaled(self.plan.levels[layer.name], factor)
                     levels[layer.name] = level
-                    made = self._rounded(layer, level)
+                    made = self._rounded(layer, level, self._widening(factor))
                     self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
@@ -271,12 +267,18 @@ class Compressor:
                 if reached is None or reached_now is None:
                     raise not_reached(layers, levels)
                 name, layer = reached[0], layers[reached[0]]
-                level = scaled(self.plan.levels[name], pace.factor(name))
-                levels[name] = level
+                factor = pace.factor(name)
+                level = levels[name] = scaled(self.plan.levels[name], factor)
                 made = self.attempts.get(pace.label, name, layer.weight.device)
                 if made is None:
                     made = self._quantized(
-                        layer, level, reached[1], reached_now[1], calibration, options
+                        layer,
+                        level,
+                        reached[1],
+                        reached_now[1],
+                        calibration,
+                        options,
+                        self._widening(factor),
                     )
                     self.attempts.put(pace.label, name, made)
                 self._attach(small, layer, made)
@@ -285,7 +287,7 @@ class Compressor:
                 trusts.append(made.trust)
                 bar.advance(note=name)
         if self._judging and not pilot:
-            _judge(trusts, sum(len(x) for x in calibration.batches))
+            judge(trusts, sum(len(x) for x in calibration.batches))
 
     def _quantized(
         self,
@@ -295,10 +297,11 @@ class Compressor:
         now: list[torch.Tensor],
         calibration: Calibration,
         options: Compensation,
+        widen: float,
     ) -> Quantized:
         """Compensate one layer, given its inputs in both networks."""
         if layer.one_hot:  # H is diagonal: nothing can make up for an error
-            return self._rounded(layer, level)
+            return self._rounded(layer, level, widen)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
@@ -323,11 +326,28 @@ class Compressor:
             biased=outlet.module is not None,
             scalable=outlet.norm,
             importance=self._importance(layer, level),
+            widen=widen,
             name=layer.name,
         )
 
-    def _rounded(self, layer: Layer, level: Level) -> Quantized:
-        return rounded(layer, level, self._importance(layer, level))
+    def _rounded(self, layer: Layer, level: Level, widen: float = 1.0) -> Quantized:
+        return rounded(layer, level, self._importance(layer, level), widen)
+
+    def _widening(self, factor: float) -> float:
+        """Return the factor on fixed-point scales: theirs only where no step is there.
+
+        They are the best there are, so they only ever grow, and only for the size.
+        """
+        levels = self.plan.levels.values()
+        if any(level.grid.step is not None for level in levels):
+            return 1.0
+        return max(factor, 1.0)
+
+    def _codes(self, factor: float) -> Iterator[torch.Tensor]:
+        """Yield the codes of all layers if they were merely rounded."""
+        for layer in self.layers:
+            level = scaled(self.plan.levels[layer.name], factor)
+            yield self._rounded(layer, level, self._widening(factor)).codes
 
     def _importance(self, layer: Layer, level: Level) -> torch.Tensor | None:
         """Return what the rule for masks makes of a layer, if it is needed."""
@@ -348,19 +368,11 @@ class Compressor:
 
     def coded_bits(self, factor: float) -> float:
         """Return the bits that the coder needs for codes that were merely rounded."""
-        levels = self.plan.levels
-        return 8.0 * sum(
-            _coded_bytes(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
-            for layer in self.layers
-        )
+        return 8.0 * sum(map(_coded_bytes, self._codes(factor)))
 
     def rounded_bits(self, factor: float) -> float:
         """Return the bits of all codes by their entropy if they were merely rounded."""
-        levels = self.plan.levels
-        return sum(
-            entropy_bits(self._rounded(layer, scaled(levels[layer.name], factor)).codes)
-            for layer in self.layers
-        )
+        return sum(map(entropy_bits, self._codes(factor)))
 
 
 def scaled(level: Level, factor: float) -> Level:
@@ -380,16 +392,3 @@ def _largest_code(level: Level) -> int:
 
 def _coded_bytes(codes: torch.Tensor) -> int:
     return len(_core.encode(codes.cpu().numpy()))
-
-
-def _judge(trusts: list[float], samples: int) -> None:
-    """Warn if corrections do not carry over to data that they were not fitted to."""
-    known = [t for t in trusts if t == t]
-    if known and (median := statistics.median(known)) < TRUSTED:
-        logger.warning(
-            "the calibration set is too small: what is fitted to it gains only %.0f %% "
-            "of that on calibration inputs held out (median over layers, %d samples); "
-            "use more",
-            100 * max(median, 0.0),
-            samples,
-        )

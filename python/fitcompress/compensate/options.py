@@ -32,6 +32,8 @@ class Compensation:
         clipping: For fixed-point levels, choose every row's scale by the error that the
             sweep leaves, then fit it to the codes; else the largest weight decides.
         damping: Ridge δ over the mean diagonal of H.
+        widen: Where fixed-point codes take more bytes than the plan allows, and there
+            are no steps to scale, widen all their scales; else that is an error.
     """
 
     drift: float | None = None
@@ -41,6 +43,7 @@ class Compensation:
     row_scale: bool = False
     clipping: bool = True
     damping: float = 0.02
+    widen: bool = True
 
     def __post_init__(self) -> None:
         if self.drift is not None:

@@ -8,7 +8,7 @@ import torch
 
 from fitcompress.compensate.masks import importance_mask
 from fitcompress.compensate.sweep import Quantized
-from fitcompress.quantize import row_scales
+from fitcompress.quantize import half_up, row_scales
 
 if TYPE_CHECKING:
     from fitcompress.model import Layer
@@ -18,7 +18,10 @@ __all__ = ["rounded"]
 
 
 def rounded(
-    layer: Layer, level: Level, importance: torch.Tensor | None = None
+    layer: Layer,
+    level: Level,
+    importance: torch.Tensor | None = None,
+    widen: float = 1.0,
 ) -> Quantized:
     """Return the nearest codes of one layer.
 
@@ -26,10 +29,13 @@ def rounded(
         layer: Of the dense network.
         level: Where its weights are to lie.
         importance: What the mask keeps the largest of, [rows, columns]; None: |w|.
+        widen: Factor on the scales of fixed-point levels, for fewer bytes.
     """
     matrix = layer.matrix()
     scale, q = row_scales(matrix, level)
     scale = scale.to(matrix.device)
+    if q and widen != 1:
+        scale = half_up(scale * widen)
     safe = torch.where(scale > 0, scale, torch.inf).reshape(-1, 1)
     codes = (matrix / safe).round()
     codes = codes.clamp(-q, q) if q else codes

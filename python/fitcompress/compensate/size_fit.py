@@ -1,4 +1,4 @@
-"""Scale the steps of a plan until the packed file uses its budget.
+"""Scale steps, or else fixed-point scales, until the packed file uses its budget.
 
 The size of the file falls smoothly with the steps. Rounded codes tell the shape of that
 curve at next to no cost; each compensated attempt, which is expensive, corrects its
@@ -109,17 +109,27 @@ def fit(compressor: Compressor, plan: Plan) -> nn.Module:
     """Return the compressed model at the factor that uses ``plan.limit_bytes``.
 
     Raises:
-        BudgetExceededError: No factor meets the budget, or no step can be scaled.
+        BudgetExceededError: No factor meets the budget.
     """
     limit = plan.limit_bytes
     scalable = any(level.grid.step is not None for level in plan.levels.values())
+    planned = None
     if limit is None or not scalable:
         small = compressor.at(Pace("layers", 1.0))
-        if limit is not None:
-            _check_size(len(packed_bytes(small)), limit)
-        return small
+        if limit is None:
+            return small
+        planned = len(packed_bytes(small))
+        if planned <= limit:
+            return small
+        if not compressor.options.widen:
+            _check_size(planned, limit)
+        logger.info("%d of %d bytes: fixed-point scales are widened", planned, limit)
     search = _FactorSearch(compressor, limit)
-    done = _pilot(compressor, search, limit)
+    if planned is None:
+        done = _pilot(compressor, search, limit)
+    else:
+        done = None
+        search.tell(1.0, planned)
     best: tuple[int, nn.Module] | None = None
     size, margin = 0, TOLERANCE / 2
     for attempt in range(ATTEMPTS):

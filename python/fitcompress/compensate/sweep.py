@@ -22,6 +22,7 @@ from fitcompress import ops
 from fitcompress.compensate.masks import prune_
 from fitcompress.compensate.scales import clipped_scales
 from fitcompress.compensate.target import Normal, Target, solve
+from fitcompress.quantize import half_up
 
 if TYPE_CHECKING:
     from fitcompress.compensate.options import Compensation
@@ -69,6 +70,7 @@ def quantize(
     biased: bool = False,
     scalable: bool = False,
     importance: torch.Tensor | None = None,
+    widen: float = 1.0,
     name: str = "",
 ) -> Quantized:
     """Return the compensated codes of one layer.
@@ -83,6 +85,7 @@ def quantize(
         scalable: Whether something can multiply the outputs.
         importance: What the mask keeps the largest of, [rows, columns]; None: it drops
             what others make up for best, see ``masks.prune_``.
+        widen: Factor on the scales of fixed-point levels, for fewer bytes.
         name: Of the layer, for messages.
 
     Raises:
@@ -95,7 +98,7 @@ def quantize(
         dense, fitted, held_out, level, options, name, centered=centered
     )
     mask = prune_([p.target for p in problems], level.sparsity, importance)
-    scale = _scale(problems, level, options, mask)
+    scale = _scale(problems, level, options, mask, widen)
     codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
     shift = torch.zeros(dense.shape[:2], dtype=torch.float64, device=weight.device)
     gain = torch.ones_like(shift)
@@ -250,8 +253,10 @@ def _scale(
     level: Level,
     options: Compensation,
     mask: torch.Tensor | None,
+    widen: float,
 ) -> torch.Tensor:
     if level.grid.step is not None:
         device = problems[0].mean.device
         return torch.tensor([level.grid.step], dtype=torch.float32, device=device)
-    return clipped_scales(problems, _max_code(level), options, mask)
+    scale = clipped_scales(problems, _max_code(level), options, mask)
+    return scale if widen == 1 else half_up(scale * widen)

@@ -114,7 +114,9 @@ def compress(
                 inputs,
                 samples=samples,
                 # Another plan is better than wider scales.
-                compensation=replace(options, widen=attempt == RETRIES),
+                compensation=replace(
+                    options, widen=options.widen and attempt == RETRIES
+                ),
                 checkpoint=files.path(_apply(attempt)),
                 progress=progress,
             )

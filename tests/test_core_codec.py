@@ -157,7 +157,7 @@ def test_codes_out_of_range_are_refused(code: int) -> None:
     [
         (b"", 1, 1, "got 0 bytes, wanted at least 2"),
         (b"\x01", 1, 1, "got 1 bytes, wanted at least 2"),
-        (b"\x02\x00", 1, 1, "got codec 2, wanted 1"),
+        (b"\x03\x00", 1, 1, "got codec 3, wanted 1 or 2"),
         (b"\x01\x00\x00", 1, 1, "got 3 bytes of zeros, wanted 2"),
         (b"\x01\x05", 1, 1, "got 2 bytes, wanted at least 3"),
         (b"\x01\x05\x01", 0, 9, "got scale 5 for 0 weights"),

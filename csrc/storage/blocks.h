@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -30,8 +29,8 @@ void for_blocks(std::int64_t blocks, int threads, const Work& work) {
   const std::int64_t wanted = std::min<std::int64_t>(threads, blocks);
   try {
     for (std::int64_t i = 1; i < wanted; ++i) others.emplace_back(run);
-  } catch (const std::system_error&) {
-    // A machine that gives no more threads: those there are do the work.
+  } catch (const std::exception&) {
+    // A machine that gives no more threads, or no memory for them: those there are do the work.
   }
   run();
   for (std::thread& each : others) each.join();

@@ -20,6 +20,7 @@ from fitcompress.storage.tensors import (
     DTYPES,
     checked_shape,
     from_bytes,
+    is_number,
     smallest_exact,
     to_bytes,
 )
@@ -278,8 +279,9 @@ def _level(
         [entry.get("sparsity", 0.0), entry.get("loss", 0.0)],
     )
     good = type(bops) is int and 0 <= bops < 2**80
-    good = good and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
+    good = good and all(is_number(n) and n >= 0 for n in numbers)
     good = good and type(entry.get("bits", 8)) is int
+    good = good and ("bits" in entry or scale.numel() == 1)
     try:
         if not good:
             raise ValueError

@@ -41,6 +41,8 @@ ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
 MAX_HEADER = 1 << 16  # bytes; ours have 200
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
+MAX_INDEX = 1 << 25  # bytes of that text; 100 000 layers take 20 million
+MAX_DEPTH = 32  # of lists and objects in each other; ours have 6
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,29 @@ class Packed:
 
 
 def pack(packed: Packed) -> bytes:
-    """Return the file's bytes."""
+    """Return the file's bytes.
+
+    Raises:
+        FormatError: There are more layers than an index can describe.
+    """
     entries = [{**s.entry, "bytes": len(s.payload)} for s in packed.sections]
     needed = [max(_version(s.entry), s.version) for s in packed.sections]
     version = max(needed, default=1)
     index = {"version": version, "plan": packed.plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
+    compressed = zlib.compress(text, 9)
+    if len(text) > _most_text(len(compressed)):
+        raise FormatError(
+            "the index of the file would be too long",
+            got=f"{len(text)} bytes",
+            wanted=f"at most {_most_text(len(compressed))}",
+            fix="save parts of the model as files of their own",
+        )
     payload = b"".join(
         s.payload + struct.pack("<I", zlib.crc32(s.payload)) for s in packed.sections
     )
     tensors = {
-        "index": np.frombuffer(zlib.compress(text, 9), np.uint8),
+        "index": np.frombuffer(compressed, np.uint8),
         "payload": np.frombuffer(payload, np.uint8),
     }
     return bytes(safetensors.numpy.save(tensors, MAGIC))
@@ -163,11 +177,13 @@ def open_index(data: memoryview) -> Index:
             raise _damaged(f"section {number} is of a later version than the file")
         length = entry.pop("bytes", None)
         if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-            raise _damaged(f"section {number} has no valid length", got=length)
+            raise _damaged(f"section {number} has no valid length", got=_short(length))
         end = start + length + 4
         if end > len(payload):
             raise _damaged(
-                f"section {number} ends outside the file", got=end, wanted=len(payload)
+                f"section {number} ends outside the file",
+                got=f"{_short(length)} bytes",
+                wanted=f"at most {len(payload) - start - 4}",
             )
         body = payload[start:end]
         sections.append(StoredSection(entry, number, index["version"], body))
@@ -190,7 +206,7 @@ def _container(data: memoryview) -> dict[str, memoryview]:
         )
     start = 8 + length
     try:
-        header = json.loads(bytes(data[8:start]), object_pairs_hook=_once)
+        header = _json(bytes(data[8:start]))
     except (ValueError, RecursionError) as error:
         raise _damaged("this is no .safetensors file", got=str(error)[:200]) from error
     if not isinstance(header, dict):
@@ -234,22 +250,66 @@ def _offsets(entry: Any, most: int) -> tuple[int, int]:
     return begin, end
 
 
+def _json(text: bytes) -> Any:
+    """Return what a JSON text says, if it says one thing and means it.
+
+    Raises:
+        ValueError: It is no UTF-8 or JSON, has a key twice, a number that is none, half
+            of a surrogate pair, or is too deep to be shown.
+        RecursionError: It is much too deep.
+    """
+    result = json.loads(
+        text.decode(), object_pairs_hook=_once, parse_constant=_no_constant
+    )
+    level = [result] if isinstance(result, (list, dict)) else []
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        msg = f"more than {MAX_DEPTH} lists or objects lie in each other"
+        raise ValueError(msg)
+    if b"\\u" in text:
+        json.dumps(result, ensure_ascii=False).encode()
+    return result
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return the lists and objects directly in one."""
+    items = value.values() if isinstance(value, dict) else value
+    return [x for x in items if isinstance(x, (list, dict))]
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object, unless a key stands in it twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        msg = "a key stands in the header twice"
+        msg = "a key stands in an object twice"
         raise ValueError(msg)
     return result
+
+
+def _no_constant(name: str) -> None:
+    msg = f"{name} is no number of JSON"
+    raise ValueError(msg)
+
+
+def _short(value: object) -> str:
+    """Return a value from a file as text for a message."""
+    large = type(value) is int and abs(value) >= 1 << 64
+    return "more than 2^64" if large else str(value)[:100]
+
+
+def _most_text(compressed: int) -> int:
+    """Return how long the text of an index of so many bytes may be."""
+    return min(MAX_INDEX_RATIO * compressed + 65536, MAX_INDEX)
 
 
 def _index(data: bytes) -> dict[str, Any]:
     try:
         decoder = zlib.decompressobj()
-        text = decoder.decompress(data, MAX_INDEX_RATIO * len(data) + 65536)
+        text = decoder.decompress(data, _most_text(len(data)))
         if not decoder.eof or decoder.unused_data:
             raise _damaged("the index is truncated, too long or followed by something")
-        index = json.loads(text)
+        index = _json(text)
     except (zlib.error, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
@@ -258,7 +318,7 @@ def _index(data: bytes) -> dict[str, Any]:
         got = index.get("version") if isinstance(index, dict) else type(index).__name__
         raise FormatError(
             "a packed file of another version",
-            got=got,
+            got=_short(got),
             wanted=f"version {' or '.join(map(str, VERSIONS))}",
             fix="read it with the version of fitcompress that wrote it",
         )

@@ -93,12 +93,15 @@ def container(index: bytes, payload: bytes, header: str | None = None) -> bytes:
 
 def rebuilt(index: Json, payloads: list[bytes], *, measure: bool = True) -> bytes:
     """Return the file of an index and payloads, lengths and checksums right."""
-    if measure:
-        sections = index.get("sections")
-        entries = sections if isinstance(sections, list) else []
-        for entry, payload in zip(entries, payloads, strict=False):
+    sections = index.get("sections")
+    if measure and isinstance(sections, list):
+        sections = list(sections)
+        for number, (entry, payload) in enumerate(
+            zip(sections, payloads, strict=False)
+        ):
             if isinstance(entry, dict):
-                entry["bytes"] = len(payload)
+                sections[number] = entry | {"bytes": len(payload)}
+        index = index | {"sections": sections}
     return container(zlib.compress(json.dumps(index).encode(), 9), joined(payloads))
 
 
@@ -345,8 +348,8 @@ def block_attacks(index: Json, payloads: list[bytes]) -> dict[str, bytes]:
         "blocks-of-other-shape": file([2, 262_144], stream),
         "zeros-2^29": file([2**15, 2**14], b"\1\0"),
         "zeros-2^39": file([2**20, 2**19], b"\1\0"),
-        "adaptive-2^31": file([2**16, 2**15], b"\1\5\1" + bytes(30_000)),
-        "static-2^31": file([2**16, 2**15], stream + bytes(2**15)),
+        "adaptive-2^27": file([2**14, 2**13], b"\1\5\1" + bytes(3000)),
+        "static-2^29": file([2**15, 2**14], stream + bytes(2**13)),
     }
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from fitcompress.errors import FormatError
+from fitcompress.storage.strict_json import MAX_MARKS, read_json
 
 __all__ = [
     "Index",
@@ -42,7 +43,6 @@ MAGIC = {"format": "fitcompress"}
 MAX_HEADER = 1 << 16  # bytes; ours have 200
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 MAX_INDEX = 1 << 25  # bytes of that text; 100 000 layers take 20 million
-MAX_DEPTH = 32  # of lists and objects in each other; ours have 6
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ def pack(packed: Packed) -> bytes:
     index = {"version": version, "plan": packed.plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
     compressed = zlib.compress(text, 9)
-    if len(text) > _most_text(len(compressed)):
+    marks = sum(text.count(mark) for mark in (b"[", b"{", b","))
+    if len(text) > _most_text(len(compressed)) or marks > MAX_MARKS:
         raise FormatError(
             "the index of the file would be too long",
-            got=f"{len(text)} bytes",
-            wanted=f"at most {_most_text(len(compressed))}",
+            got=f"{len(text)} bytes, {marks} values",
+            wanted=f"at most {_most_text(len(compressed))} bytes, {MAX_MARKS} values",
             fix="save parts of the model as files of their own",
         )
     payload = b"".join(
@@ -206,7 +207,7 @@ def _container(data: memoryview) -> dict[str, memoryview]:
         )
     start = 8 + length
     try:
-        header = _json(bytes(data[8:start]))
+        header = read_json(bytes(data[8:start]))
     except (ValueError, RecursionError) as error:
         raise _damaged("this is no .safetensors file", got=str(error)[:200]) from error
     if not isinstance(header, dict):
@@ -250,48 +251,6 @@ def _offsets(entry: Any, most: int) -> tuple[int, int]:
     return begin, end
 
 
-def _json(text: bytes) -> Any:
-    """Return what a JSON text says, if it says one thing and means it.
-
-    Raises:
-        ValueError: It is no UTF-8 or JSON, has a key twice, a number that is none, half
-            of a surrogate pair, or is too deep to be shown.
-        RecursionError: It is much too deep.
-    """
-    result = json.loads(
-        text.decode(), object_pairs_hook=_once, parse_constant=_no_constant
-    )
-    level = [result] if isinstance(result, (list, dict)) else []
-    for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer)]
-    if level:
-        msg = f"more than {MAX_DEPTH} lists or objects lie in each other"
-        raise ValueError(msg)
-    if b"\\u" in text:
-        json.dumps(result, ensure_ascii=False).encode()
-    return result
-
-
-def _inside(value: Any) -> list[Any]:
-    """Return the lists and objects directly in one."""
-    items = value.values() if isinstance(value, dict) else value
-    return [x for x in items if isinstance(x, (list, dict))]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, unless a key stands in it twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        msg = "a key stands in an object twice"
-        raise ValueError(msg)
-    return result
-
-
-def _no_constant(name: str) -> None:
-    msg = f"{name} is no number of JSON"
-    raise ValueError(msg)
-
-
 def _short(value: object) -> str:
     """Return a value from a file as text for a message."""
     large = type(value) is int and abs(value) >= 1 << 64
@@ -309,7 +268,7 @@ def _index(data: bytes) -> dict[str, Any]:
         text = decoder.decompress(data, _most_text(len(data)))
         if not decoder.eof or decoder.unused_data:
             raise _damaged("the index is truncated, too long or followed by something")
-        index = _json(text)
+        index = read_json(text)
     except (zlib.error, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise

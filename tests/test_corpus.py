@@ -18,6 +18,7 @@ import fitcompress as fc
 from corpus_results import file_result, stream_parts, stream_result
 from fitcompress import _core
 from fitcompress.errors import FormatError, PlanMismatchError
+from fitcompress.model.matrix_view import MatrixView
 from fitcompress.storage import range_coder_reference as reference
 from fitcompress.storage.packed_file import PackedFile
 
@@ -61,6 +62,18 @@ def test_streams(name) -> None:
     assert np.array_equal(values, codes.astype(np.float32) * scales[:, None])
     if stream[0] == 1:
         assert np.array_equal(codes, reference.decode(stream, rows, columns))
+
+
+def test_missing_memory_is_a_typed_error(monkeypatch) -> None:
+    def weight_of(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(MatrixView, "weight_of", weight_of)
+    with (
+        PackedFile(CORPUS / "files" / "good") as packed,
+        pytest.raises(FormatError, match="no memory for '0'"),
+    ):
+        packed.weight("0")
 
 
 def in_a_process(program: str, *arguments: str) -> str:

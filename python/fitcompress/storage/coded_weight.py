@@ -140,8 +140,13 @@ class StoredWeight:
         """
         scales = np.ascontiguousarray(self.scale.numpy(), dtype=np.float32)
         matrix = self._decoded(_core.dequantize, scales, threads=threads)
-        values = torch.from_numpy(matrix).to(DTYPES[self.dtype])
-        return self.view.weight_of(values, self.level.shape)
+        try:
+            values = torch.from_numpy(matrix).to(DTYPES[self.dtype])
+            return self.view.weight_of(values, self.level.shape)
+        except RuntimeError as error:  # torch's, where memory is missing
+            raise FormatError(
+                f"there is no memory for {self.name!r}", got=str(error)[:200]
+            ) from error
 
     def _decoded(
         self, decode: Callable[..., Any], *arguments: Any, threads: int = 1

@@ -43,6 +43,17 @@ void append(const std::int32_t* codes, std::int64_t rows, std::int64_t cols, int
   coder.finish();
 }
 
+template <class Sum>
+void take(RangeDecoder* coder, std::int64_t rows, std::int64_t cols, int period, int scale,
+          std::int32_t* codes) {
+  WeightModel<RangeDecoder, Sum> model(coder, codes, cols, period, scale);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::int32_t* row = codes + r * cols;
+    model.code_row(
+        r, [](std::int64_t) { return 0; }, [row](std::int64_t c, std::int32_t x) { row[c] = x; });
+  }
+}
+
 // The kernel size under which the first rows become shortest.
 int best_period(const std::int32_t* codes, std::int64_t rows, std::int64_t cols, int scale) {
   const std::int64_t some = std::clamp<std::int64_t>(kSample / cols, 1, rows);
@@ -108,11 +119,11 @@ void decode_adaptive(const std::uint8_t* bytes, std::size_t size, std::int64_t r
     return;
   }
   RangeDecoder coder(bytes + kHeader, size - kHeader);
-  WeightModel<RangeDecoder> model(&coder, codes, cols, bytes[2], bytes[1]);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::int32_t* row = codes + r * cols;
-    model.code_row(
-        r, [](std::int64_t) { return 0; }, [row](std::int64_t c, std::int32_t x) { row[c] = x; });
+  const int scale = bytes[1], period = bytes[2];
+  if (sums_are_small(rows, period, scale)) {
+    take<std::int32_t>(&coder, rows, cols, period, scale, codes);
+  } else {
+    take<std::int64_t>(&coder, rows, cols, period, scale, codes);
   }
   coder.finish();
 }

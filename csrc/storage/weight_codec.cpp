@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -34,8 +34,6 @@ bool only_zeros(const std::int32_t* codes, std::int64_t count) {
   }
   return any == 0;
 }
-
-bool all_zero(const std::uint8_t* bytes) { return bytes[0] == kAdaptiveCodec && bytes[1] == 0; }
 
 void check_largest(const std::int32_t* codes, std::int64_t count, std::int32_t largest) {
   for (std::int64_t i = 0; i < count; ++i) {
@@ -97,19 +95,16 @@ void decode_values(const std::uint8_t* bytes, std::size_t size, std::int64_t row
                   {nullptr, values, scales, scale_per_row, cols});
     return;
   }
-  if (all_zero(bytes)) {
-    for (std::int64_t r = 0; r < rows; ++r) {  // -0 where the scale is negative
-      std::fill(values + r * cols, values + (r + 1) * cols, 0.0f * scales[scale_per_row ? r : 0]);
-    }
-    return;
-  }
-  std::unique_ptr<std::int32_t[]> codes(new std::int32_t[rows * cols]);
-  decode_adaptive(bytes, size, rows, cols, codes.get());
-  check_largest(codes.get(), rows * cols, largest);
+  // The codes take the place of the values: a second matrix would double the memory.
+  auto* codes = reinterpret_cast<std::int32_t*>(values);
+  decode_adaptive(bytes, size, rows, cols, codes);
+  check_largest(codes, rows * cols, largest);
   for (std::int64_t r = 0; r < rows; ++r) {
     const float scale = scales[scale_per_row ? r : 0];
     for (std::int64_t i = r * cols; i < (r + 1) * cols; ++i) {
-      values[i] = static_cast<float>(codes[i]) * scale;
+      std::int32_t code;
+      std::memcpy(&code, values + i, sizeof code);
+      values[i] = static_cast<float>(code) * scale;
     }
   }
 }

@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,7 +39,24 @@ inline int bucket_of(std::int64_t value, int largest) {
   return std::min(bucket, largest);
 }
 
-template <class Coder>
+// Magnitudes above this one count as it in statistics and predictions.
+inline std::int32_t largest_counted(int scale) {
+  return static_cast<std::int32_t>(std::min<std::int64_t>((scale_value(scale) >> 5) + 1, 1 << 15));
+}
+
+// What a channel's sum starts at.
+inline std::int64_t first_channel_sum(int scale) { return 12 * scale_value(scale); }
+
+// Whether 32 bits hold every channel's sum. Where they do not, a channel has at least 254 weights,
+// and 64 bits for it are little beside them.
+inline bool sums_are_small(std::int64_t rows, int period, int scale) {
+  const std::int64_t largest =
+      first_channel_sum(scale) + 256 * rows * period * largest_counted(scale);
+  return largest <= std::numeric_limits<std::int32_t>::max();
+}
+
+// Sum: of the magnitudes of a channel.
+template <class Coder, class Sum = std::int64_t>
 class WeightModel {
  public:
   // codes: the matrix [*, cols]; only what has been coded is read. period: weights per kernel.
@@ -48,9 +66,10 @@ class WeightModel {
         cols_(cols),
         period_(period),
         mean_(scale_value(scale)),
-        limit_(static_cast<std::int32_t>(std::min<std::int64_t>((mean_ >> 5) + 1, 1 << 15))),
+        limit_(largest_counted(scale)),
         step_((std::int64_t{1} << 26) / (mean_ * mean_ / 128 + mean_ / 2 + 1)),
-        channel_sum_(static_cast<std::size_t>(cols / period), 12 * mean_),
+        channel_sum_(static_cast<std::size_t>(cols / period),
+                     static_cast<Sum>(first_channel_sum(scale))),
         tap_weights_(static_cast<std::size_t>(period)) {
     start_probabilities();
     start_taps();
@@ -83,7 +102,7 @@ class WeightModel {
       }
       const std::int64_t magnitude = 256 * std::int64_t{std::abs(clipped)};
       row_sum += magnitude;
-      channel_sum_[channel] += magnitude;
+      channel_sum_[channel] += static_cast<Sum>(magnitude);
       if (++position == period_) {
         position = 0;
         ++channel;
@@ -177,9 +196,9 @@ class WeightModel {
   std::int64_t cols_;
   int period_;
   std::int64_t mean_;
-  std::int32_t limit_;  // larger magnitudes count as this one in statistics and predictions
-  std::int64_t step_;   // of the LMS: 0.001 / variance
-  std::vector<std::int64_t> channel_sum_;
+  std::int32_t limit_;
+  std::int64_t step_;  // of the LMS: 0.001 / variance
+  std::vector<Sum> channel_sum_;
   std::vector<Taps> tap_weights_;
   const std::int64_t* rate_ = learning_rates().data();
   // [scale][guess: none, then agreeing with the sign, then opposing][question]

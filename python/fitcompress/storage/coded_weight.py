@@ -20,6 +20,7 @@ from fitcompress.storage.tensors import (
     DTYPES,
     checked_shape,
     from_bytes,
+    is_number,
     smallest_exact,
     to_bytes,
 )
@@ -139,8 +140,13 @@ class StoredWeight:
         """
         scales = np.ascontiguousarray(self.scale.numpy(), dtype=np.float32)
         matrix = self._decoded(_core.dequantize, scales, threads=threads)
-        values = torch.from_numpy(matrix).to(DTYPES[self.dtype])
-        return self.view.weight_of(values, self.level.shape)
+        try:
+            values = torch.from_numpy(matrix).to(DTYPES[self.dtype])
+            return self.view.weight_of(values, self.level.shape)
+        except RuntimeError as error:  # torch's, where memory is missing
+            raise FormatError(
+                f"there is no memory for {self.name!r}", got=str(error)[:200]
+            ) from error
 
     def _decoded(
         self, decode: Callable[..., Any], *arguments: Any, threads: int = 1
@@ -278,8 +284,9 @@ def _level(
         [entry.get("sparsity", 0.0), entry.get("loss", 0.0)],
     )
     good = type(bops) is int and 0 <= bops < 2**80
-    good = good and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
+    good = good and all(is_number(n) and n >= 0 for n in numbers)
     good = good and type(entry.get("bits", 8)) is int
+    good = good and ("bits" in entry or scale.numel() == 1)
     try:
         if not good:
             raise ValueError

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from fitcompress.errors import FormatError
+from fitcompress.storage.strict_json import MAX_MARKS, read_json
 
 __all__ = [
     "Index",
@@ -42,6 +43,7 @@ ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
 MAX_HEADER = 1 << 16  # bytes; ours have 200
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
+MAX_INDEX = 1 << 25  # bytes of that text; 100 000 layers take 20 million
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,30 @@ class Packed:
 
 
 def pack(packed: Packed) -> bytes:
-    """Return the file's bytes."""
+    """Return the file's bytes.
+
+    Raises:
+        FormatError: There are more layers than an index can describe.
+    """
     entries = [{**s.entry, "bytes": len(s.payload)} for s in packed.sections]
     needed = [max(_version(s.entry), s.version) for s in packed.sections]
     version = max(needed, default=1)
     index = {"version": version, "plan": packed.plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
+    compressed = zlib.compress(text, 9)
+    marks = sum(text.count(mark) for mark in (b"[", b"{", b","))
+    if len(text) > _most_text(len(compressed)) or marks > MAX_MARKS:
+        raise FormatError(
+            "the index of the file would be too long",
+            got=f"{len(text)} bytes, {marks} values",
+            wanted=f"at most {_most_text(len(compressed))} bytes, {MAX_MARKS} values",
+            fix="save parts of the model as files of their own",
+        )
     payload = b"".join(
         s.payload + struct.pack("<I", zlib.crc32(s.payload)) for s in packed.sections
     )
     tensors = {
-        "index": np.frombuffer(zlib.compress(text, 9), np.uint8),
+        "index": np.frombuffer(compressed, np.uint8),
         "payload": np.frombuffer(payload, np.uint8),
     }
     return bytes(safetensors.numpy.save(tensors, MAGIC))
@@ -164,11 +179,13 @@ def open_index(data: memoryview) -> Index:
             raise _damaged(f"section {number} is of a later version than the file")
         length = entry.pop("bytes", None)
         if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-            raise _damaged(f"section {number} has no valid length", got=length)
+            raise _damaged(f"section {number} has no valid length", got=_short(length))
         end = start + length + 4
         if end > len(payload):
             raise _damaged(
-                f"section {number} ends outside the file", got=end, wanted=len(payload)
+                f"section {number} ends outside the file",
+                got=f"{_short(length)} bytes",
+                wanted=f"at most {len(payload) - start - 4}",
             )
         body = payload[start:end]
         sections.append(StoredSection(entry, number, index["version"], body))
@@ -191,7 +208,7 @@ def _container(data: memoryview) -> dict[str, memoryview]:
         )
     start = 8 + length
     try:
-        header = json.loads(bytes(data[8:start]), object_pairs_hook=_once)
+        header = read_json(bytes(data[8:start]))
     except (ValueError, RecursionError) as error:
         raise _damaged("this is no .safetensors file", got=str(error)[:200]) from error
     if not isinstance(header, dict):
@@ -235,22 +252,24 @@ def _offsets(entry: Any, most: int) -> tuple[int, int]:
     return begin, end
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, unless a key stands in it twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        msg = "a key stands in the header twice"
-        raise ValueError(msg)
-    return result
+def _short(value: object) -> str:
+    """Return a value from a file as text for a message."""
+    large = type(value) is int and abs(value) >= 1 << 64
+    return "more than 2^64" if large else str(value)[:100]
+
+
+def _most_text(compressed: int) -> int:
+    """Return how long the text of an index of so many bytes may be."""
+    return min(MAX_INDEX_RATIO * compressed + 65536, MAX_INDEX)
 
 
 def _index(data: bytes) -> dict[str, Any]:
     try:
         decoder = zlib.decompressobj()
-        text = decoder.decompress(data, MAX_INDEX_RATIO * len(data) + 65536)
+        text = decoder.decompress(data, _most_text(len(data)))
         if not decoder.eof or decoder.unused_data:
             raise _damaged("the index is truncated, too long or followed by something")
-        index = json.loads(text)
+        index = read_json(text)
     except (zlib.error, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
@@ -259,7 +278,7 @@ def _index(data: bytes) -> dict[str, Any]:
         got = index.get("version") if isinstance(index, dict) else type(index).__name__
         raise FormatError(
             "a packed file of another version",
-            got=got,
+            got=_short(got),
             wanted=f"version {' or '.join(map(str, VERSIONS))}",
             fix="read it with the version of fitcompress that wrote it",
         )

@@ -15,6 +15,7 @@ from fitcompress.storage.activations import StoredActivation, read_activations
 from fitcompress.storage.coded_weight import StoredWeight, dense_weights, read_coded
 from fitcompress.storage.container import ACTIVATIONS, Index, StoredSection, open_index
 from fitcompress.storage.sections import Leftovers, read_leftovers
+from fitcompress.storage.tensors import is_number
 
 if TYPE_CHECKING:
     import os
@@ -195,19 +196,22 @@ class PackedFile:
             else w.level
             for name, w in weights.items()
         }
+        gap, limit = info.get("gap"), info.get("limit_bytes")
+        distortion = info.get("distortion", 0.0)
         try:
-            gap = info.get("gap")
+            if not all(n is None or is_number(n) for n in (gap, limit, distortion)):
+                raise ValueError
             return Plan(
                 levels=levels,
-                method=str(info.get("method")),
-                distortion=float(info.get("distortion", 0.0)),
+                method=info["method"],
+                distortion=float(distortion),
                 size_bytes=self.size_bytes,
                 bops=sum(level.bops for level in levels.values()),
-                limit_bytes=info.get("limit_bytes"),
-                status=str(info.get("status")),
+                limit_bytes=limit,
+                status=info["status"],
                 gap=None if gap is None else float(gap),
             )
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 "the plan in the file is impossible", got=str(info)[:200]
             ) from error

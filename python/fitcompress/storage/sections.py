@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,16 +15,22 @@ from fitcompress.storage.tensors import (
     DTYPES,
     checked_shape,
     from_bytes,
+    is_number,
     smallest_exact,
     smallest_name,
     to_bytes,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 __all__ = ["Leftovers", "read_leftovers", "write_leftovers"]
 
 HALF = "f2"
 MAX_CHANNELS = 1 << 28
 KEY_BYTES = 16  # that one more key takes in the index
+# Of a folded norm, the last one if it is counted.
+NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,15 @@ def read_leftovers(section: Section) -> Leftovers:
     try:
         payload, halves = _split(entry, payload)
         for key, stored, dtype, shape in entry["tensors"]:
-            tensors[str(key)] = next_tensor(stored, dtype, checked_shape(shape))
+            _check_new(key, tensors)
+            tensors[key] = next_tensor(stored, dtype, checked_shape(shape))
         for prefix, stored, channels, eps, counted in entry["norms"]:
+            _check_new(prefix, norms)
+            if not is_number(eps) or not 0 <= eps < 1 or type(counted) is not bool:
+                raise FormatError(
+                    "the ε or the counter of a norm is impossible",
+                    got=f"{eps}, {counted}"[:100],
+                )
             shape = checked_shape([2, channels])
             if halves is not None and stored == HALF and channels:
                 both, halves = halves[:, :channels].float(), halves[:, channels:]
@@ -117,15 +130,10 @@ def read_leftovers(section: Section) -> Leftovers:
                     raise FormatError("numbers of norms are missing", got=prefix)
             else:
                 both = next_tensor(stored, "f4", shape)
-            norms[str(prefix)] = (
-                both[0].clone(),
-                both[1].clone(),
-                float(eps),
-                bool(counted),
-            )
-            if not 0 <= float(eps) < 1:
-                raise FormatError("the ε of a norm is impossible", got=eps)
-        aliases = {str(k): str(v) for k, v in entry["aliases"].items()}
+            norms[prefix] = both[0].clone(), both[1].clone(), float(eps), counted
+        aliases = dict(entry["aliases"].items())
+        for alias in aliases.values():
+            _check_new(alias, {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise
@@ -141,6 +149,9 @@ def read_leftovers(section: Section) -> Leftovers:
             got=f"{len(payload)} bytes",
             wanted=f"{start} bytes",
         )
+    for prefix, (*_, counted) in norms.items():
+        for name in NORM_ENTRIES if counted else NORM_ENTRIES[:-1]:
+            _check_new(f"{prefix}.{name}", tensors)
     return Leftovers(tensors, norms, aliases)
 
 
@@ -156,3 +167,15 @@ def _split(entry: dict[str, Any], payload: bytes) -> tuple[bytes, torch.Tensor |
         raise FormatError("the norms have impossible channels", got=str(channels)[:50])
     start = len(payload) - length
     return payload[:start], decode_norms(payload[start:], channels)
+
+
+def _check_new(name: object, known: Container[str]) -> None:
+    """Raise unless a name from a file is text and not known yet.
+
+    Raises:
+        FormatError: It is something else, or stands there twice.
+    """
+    if not isinstance(name, str):
+        raise FormatError("a name in the file is no text", got=str(name)[:100])
+    if name in known:
+        raise FormatError("a tensor stands in the file twice", got=name[:100])

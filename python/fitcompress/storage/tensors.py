@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "checked_shape",
     "from_bytes",
+    "is_number",
     "smallest_exact",
     "smallest_name",
     "to_bytes",
@@ -31,6 +32,19 @@ DTYPES: dict[str, torch.dtype] = {
     "b1": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What a dtype holds exactly beside itself.
+HOLDS: dict[str, set[str]] = {
+    "f8": {"f4", "f2", "bf2", "i4", "i2", "i1", "u1", "b1"},
+    "f4": {"f2", "bf2", "i2", "i1", "u1", "b1"},
+    "f2": {"i1", "u1", "b1"},
+    "bf2": {"i1", "u1", "b1"},
+    "i8": {"i4", "i2", "i1", "u1", "b1"},
+    "i4": {"i2", "i1", "u1", "b1"},
+    "i2": {"i1", "u1", "b1"},
+    "i1": {"b1"},
+    "u1": {"b1"},
+    "b1": set(),
+}
 
 
 def smallest_exact(tensor: torch.Tensor) -> str:
@@ -70,8 +84,14 @@ def from_bytes(
     """Return what :func:`to_bytes` wrote, as ``dtype`` in ``shape``.
 
     Raises:
-        FormatError: The number of bytes does not fit the shape.
+        FormatError: The number of bytes does not fit the shape, a boolean is neither 0
+            nor 1, or ``dtype`` does not hold every value of ``stored``.
     """
+    if stored != dtype and stored not in HOLDS[dtype]:
+        raise FormatError(
+            "a tensor is stored with more precision than it has",
+            got=f"{stored} of {dtype}",
+        )
     want = math.prod(shape) * DTYPES[stored].itemsize
     if len(data) != want:
         raise FormatError(
@@ -82,6 +102,8 @@ def from_bytes(
     if not want:
         return torch.empty(shape, dtype=DTYPES[dtype])
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if stored == "b1" and bool((flat > 1).any()):
+        raise FormatError("a boolean is neither 0 nor 1", got=int(flat.max()))
     return flat.view(DTYPES[stored]).to(DTYPES[dtype]).reshape(shape)
 
 
@@ -89,13 +111,21 @@ def checked_shape(value: Any) -> tuple[int, ...]:
     """Return a shape read from a file.
 
     Raises:
-        FormatError: It is no list of at most eight sizes with a sane product.
+        FormatError: It is no list of at most eight sizes with a sane product, also of
+            those that are not 0: from it follow the strides.
     """
     good = isinstance(value, list) and len(value) <= 8
     good = good and all(type(n) is int and 0 <= n < 2**40 for n in value)
-    if not good or math.prod(value) >= 2**40:
+    if not good or math.prod(max(n, 1) for n in value) >= 2**40:
         raise FormatError("a shape in the file is impossible", got=str(value)[:100])
     return tuple(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from a file is a number that a float can be."""
+    if type(value) is int:
+        return abs(value) < 1 << 1023
+    return type(value) is float and math.isfinite(value)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

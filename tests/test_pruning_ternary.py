@@ -169,9 +169,11 @@ def test_zeros_rise_to_their_target_and_stay() -> None:
 
 
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
-def test_the_last_mask_has_the_target(ramp) -> None:
-    schedule = ZeroSchedule(zeros=0.9, steps=37, ramp=ramp, frozen=0.15)
-    last = max(k for k in range(37) if schedule.has_new_mask(k))
+@pytest.mark.parametrize("frozen", [0.0, 0.15, 0.9])
+@pytest.mark.parametrize("steps", [1, 3, 37])
+def test_the_last_mask_has_the_target(ramp, frozen, steps) -> None:
+    schedule = ZeroSchedule(zeros=0.9, steps=steps, ramp=ramp, frozen=frozen)
+    last = max(k for k in range(steps) if schedule.has_new_mask(k))
     assert schedule.zeros_at(last) == 0.9
 
 
@@ -282,10 +284,15 @@ def test_norms_are_estimated_anew_at_the_switch(net, images, monkeypatch) -> Non
 
 
 def test_norms_are_estimated_anew_at_the_end(net, loader, images) -> None:
-    """With hardly any training, channels keep the mean β and the deviation |γ|."""
-    small = run(net, loader, zeros=0.6, learning_rate=1e-9, epochs=1, **ALL)
+    """With hardly any training, channels keep the mean β and the deviation |γ|.
+
+    Up to norms of five binary digits. The last masks are made before the last step.
+    """
+    options = {"zeros": 0.75, "learning_rate": 1e-9, "epochs": 1}
+    small = run(net, loader, **options, **ALL)
     with torch.no_grad():
         out = small.norm(small.conv(images))
+    assert bool(small.conv.weight.flatten(1).any(1).all())
     assert torch.allclose(out.mean((0, 2, 3)), net.norm.bias, atol=0.08)
     wanted = net.norm.weight.abs()
     assert torch.allclose(out.std((0, 2, 3)), wanted, rtol=0.06)
@@ -409,7 +416,7 @@ def digits() -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.slow
 def test_digits_lose_little_at_a_thirtieth(digits, tmp_path) -> None:
-    """Accuracy 98.6 ⇒ 95 % or so at 2.7 % of the bytes; 4 points are allowed."""
+    """Accuracy 98.2 ⇒ 97.4 % at 2.9 % of the bytes; three points may be lost."""
     net, small = digits
     file, fresh = tmp_path / "small.safetensors", DigitsNet()
     size = fc.save(small, file)
@@ -421,7 +428,7 @@ def test_digits_lose_little_at_a_thirtieth(digits, tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(fresh(x), small(x))
     before, after = (fc.evaluate(m, test, progress=False).accuracy for m in digits)
-    assert after > before - 4
+    assert after >= before - 3
     again = fc.load(file, DigitsNet(), trainable=True)
     assert packed_bytes(again) == file.read_bytes()
 

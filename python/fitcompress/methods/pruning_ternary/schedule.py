@@ -40,8 +40,11 @@ class ZeroSchedule:
 
     @property
     def freeze_step(self) -> int:
-        """The first step with frozen codes; their last masks are made right there."""
-        return round((1 - self.frozen) * self.steps)
+        """The first step with frozen codes; their last masks are made right there.
+
+        At the latest the last step, so that every training ends at its share.
+        """
+        return min(round((1 - self.frozen) * self.steps), self.steps - 1)
 
     def zeros_at(self, step: int) -> float:
         """Return z(step)."""

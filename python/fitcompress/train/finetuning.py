@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from fitcompress.data.batches import digest, split_batch, take
 from fitcompress.errors import (
     BudgetExceededError,
     DataError,
-    EmptyLoaderError,
     NonFiniteError,
     OptionError,
 )
 from fitcompress.files import check_writable
 from fitcompress.model.costs import dense_bytes
 from fitcompress.model.layers import fingerprint
-from fitcompress.progress import Bar
 from fitcompress.quantize import (
     activations,
     attach_plan,
@@ -39,11 +35,13 @@ from fitcompress.quantize import (
 )
 from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.search import Budget
-from fitcompress.sensitivity.labels import check_logits
 from fitcompress.storage.save_load import packed_bytes
 from fitcompress.threads import FIXED, threads
 from fitcompress.train.devices import device_of, to_device
-from fitcompress.train.evaluation import divergence, length_of
+from fitcompress.train.distillation import distillation_loss
+from fitcompress.train.evaluation import divergence
+from fitcompress.train.loop import count_batches, one_pass, run_steps
+from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
 from fitcompress.train.rate_control import RateControl
 from fitcompress.train.training_state import TrainingState
 
@@ -57,10 +55,8 @@ __all__ = ["FinetuneResult", "finetune"]
 
 CONTROL_EVERY = 25  # steps between two looks at the size
 SAVE_EVERY = 30.0  # seconds between checkpoints
-NORM_SAMPLES = 4096
 SPREAD = 0.45  # how far from the middle of its cell a weight may start, in steps
 WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
-TEMPERATURE = 4.0
 NARROWEST = 1 / 16  # of its start, what a step of activations may shrink to
 
 
@@ -256,10 +252,7 @@ class _Trainer:
         self.loss_fn, self.teacher = loss_fn, teacher
         self.epochs = epochs
         self.device = device_of(small)
-        counted = length_of(loader)
-        self.batches = sum(1 for _ in loader) if counted is None else counted
-        if not self.batches:
-            raise EmptyLoaderError("the loader yields no batch", wanted="training data")
+        self.batches = count_batches(loader)
         self.total = epochs * self.batches
         self.rate = RateControl(small, limit)
         self.norms: list[nn.modules.batchnorm._BatchNorm] = []  # with batch statistics
@@ -300,7 +293,7 @@ class _Trainer:
         self._copy_parameters()
         if not batch_norms:
             return
-        inputs = take(self._pass(0), NORM_SAMPLES)
+        inputs = take(one_pass(self.loader, 0), NORM_SAMPLES)
         thaw_norms_(self.small, (x.to(self.device) for x, _ in inputs))
         for norm in self.small.modules():
             if not isinstance(norm, FOLDABLE) or norm.running_mean is None:
@@ -315,45 +308,26 @@ class _Trainer:
         for parameter, trained in zip(self.parameters, self.trained, strict=True):
             trained.copy_(parameter)
 
-    def _pass(self, epoch: int) -> Iterable[Any]:
-        if hasattr(self.loader, "epoch"):
-            self.loader.epoch = epoch
-        return self.loader
-
     def run(
         self, checkpoint: str | os.PathLike[str] | None, key: str, *, progress: bool
     ) -> list[float]:
         state = None
         if checkpoint is not None:
-            first = next(take(self._pass(0), 1))[0]
+            first = next(take(one_pass(self.loader, 0), 1))[0]
             key = f"{key}-{self.total}-{self.rate.limit}-{digest(first):08x}"
             state = TrainingState(
                 checkpoint, key, self.small, self.optimizer, self.rate
             )
-        done = 0 if state is None else state.restore()
-        losses, saved = [], time.monotonic()
-        with Bar("fine-tune", self.total, enabled=progress) as bar:
-            for epoch in range(self.epochs):
-                if done >= (epoch + 1) * self.batches:
-                    bar.advance(self.batches)
-                    continue
-                total, count = 0.0, 0
-                for number, batch in enumerate(self._pass(epoch)):
-                    step = epoch * self.batches + number
-                    if step < done:
-                        bar.advance()
-                        continue
-                    if step >= self.total:
-                        break
-                    if state is not None and step == done:
-                        state.restore_random()
-                    total, count = total + self._step(step, batch), count + 1
-                    bar.advance(note=f"loss {total / count:.4f}")
-                    if state is not None and time.monotonic() - saved > SAVE_EVERY:
-                        state.save(step + 1)
-                        saved = time.monotonic()
-                losses.append(total / max(count, 1))
-        return losses
+        return run_steps(
+            self._step,
+            self.loader,
+            epochs=self.epochs,
+            batches=self.batches,
+            state=state,
+            save_every=SAVE_EVERY,
+            title="fine-tune",
+            progress=progress,
+        )
 
     def _step(self, step: int, batch: Any) -> float:
         share = step / self.total
@@ -379,15 +353,8 @@ class _Trainer:
         out, loss = self.small(x), torch.zeros((), device=self.device)
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = check_logits(self.teacher(x)).float() / TEMPERATURE
-            found = check_logits(out).float() / TEMPERATURE
-            soft = F.kl_div(
-                found.log_softmax(-1),
-                wanted.log_softmax(-1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            loss = loss + TEMPERATURE**2 * soft
+                wanted = self.teacher(x)
+            loss = loss + distillation_loss(out, wanted)
         return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
 
     def _update(self, loss: torch.Tensor) -> None:
@@ -415,25 +382,10 @@ class _Trainer:
     def finish(self) -> bool:
         """Fold the norms, with statistics of the final weights, and meet the limit."""
         self.rate.adjust()
-        self._estimate_norms()
+        inputs = take(one_pass(self.loader, self.epochs), NORM_SAMPLES)
+        estimate_norms_(self.small, self.norms, (x.to(self.device) for x, _ in inputs))
         self.small.eval()
         fold_norms_(self.small)
         round_leftovers_(self.small, list(self.scales))
         shorten_norms_(self.small, norm_digits(plan_of(self.small)))
         return self.rate.finish()
-
-    def _estimate_norms(self) -> None:
-        """Average the statistics of the norms anew, all else as in evaluation."""
-        if not self.norms:
-            return
-        momenta = [norm.momentum for norm in self.norms]
-        self.small.eval()
-        for norm in self.norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.train()
-        with torch.no_grad():
-            for x, _ in take(self._pass(self.epochs), NORM_SAMPLES):
-                self.small(x.to(self.device))
-        for norm, momentum in zip(self.norms, momenta, strict=True):
-            norm.momentum = momentum

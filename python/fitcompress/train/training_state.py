@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fitcompress.quantize import WeightGrid
     from fitcompress.train.rate_control import RateControl
 
 __all__ = ["TrainingState"]
@@ -38,7 +39,7 @@ class TrainingState:
         key: Settings that must be equal for the file to be used.
         model: The model under training; its values now become part of the key.
         optimizer: Its optimizer.
-        rate: Its rate control.
+        rate: Its rate control, if bits are priced.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class TrainingState:
         key: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rate: RateControl,
+        rate: RateControl | None = None,
     ) -> None:
         self.path, self.key = check_writable(path), f"{key}-{fingerprint(model, [])}"
         self.model, self.optimizer, self.rate = model, optimizer, rate
@@ -62,7 +63,7 @@ class TrainingState:
                 tensors[f"copy/{index}"] = parameter
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{index}/{name}"] = value
-        for index, (_, grid) in enumerate(self.rate.layers):
+        for index, grid in enumerate(self._grids()):
             assert grid.rate is not None
             tensors[f"lengths/{index}"] = grid.rate.lengths
         tensors["random/cpu"] = torch.get_rng_state()
@@ -70,7 +71,7 @@ class TrainingState:
         if device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        info = {"key": self.key, "done": done, "weight": self.rate.weight.hex()}
+        info = {"key": self.key, "done": done, "weight": self._weight().hex()}
         data = safetensors.torch.save(tensors, {"finetune": json.dumps(info)})
         write_atomically(self.path, data)
 
@@ -91,10 +92,11 @@ class TrainingState:
             logger.warning("%s is damaged and not used: %s", self.path, error)
             return 0
         self._load(tensors)
-        self.rate.weight = float.fromhex(info["weight"])
-        for index, (_, grid) in enumerate(self.rate.layers):
+        if self.rate is not None:
+            self.rate.weight = float.fromhex(info["weight"])
+        for index, grid in enumerate(self._grids()):
             lengths = tensors[f"lengths/{index}"].to(grid.scale.device)
-            grid.rate = Rate(lengths, self.rate.weight)
+            grid.rate = Rate(lengths, self._weight())
         self._random = {k: v for k, v in tensors.items() if k.startswith("random/")}
         return int(info["done"])
 
@@ -128,3 +130,9 @@ class TrainingState:
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _grids(self) -> list[WeightGrid]:
+        return [] if self.rate is None else [grid for _, grid in self.rate.layers]
+
+    def _weight(self) -> float:
+        return 0.0 if self.rate is None else self.rate.weight

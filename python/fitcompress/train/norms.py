@@ -1,0 +1,45 @@
+"""Statistics of batch norms, estimated anew for weights that have changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["NORM_SAMPLES", "estimate_norms_"]
+
+NORM_SAMPLES = 4096
+
+
+def estimate_norms_(
+    model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor]
+) -> None:
+    """Average the statistics of ``norms`` over batches, in place.
+
+    All else is as in evaluation, and so is the whole model afterwards, but for the
+    norms, which are left in training mode.
+
+    Args:
+        model: The network.
+        norms: Norms of it that keep running statistics.
+        batches: Inputs from the training distribution, on the model's device.
+    """
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -14,12 +14,8 @@ from fitcompress.compensate import apply
 from fitcompress.data.batches import take
 from fitcompress.errors import BudgetInfeasibleError, OptionError
 from fitcompress.files import check_writable
-from fitcompress.methods.bit_sharing.extraction import (
-    configuration,
-    float_network,
-    make_plan,
-    smallest,
-)
+from fitcompress.methods.bit_sharing.configuration import configuration, smallest
+from fitcompress.methods.bit_sharing.extraction import float_network, make_plan
 from fitcompress.methods.bit_sharing.network import build_network
 from fitcompress.methods.bit_sharing.shared_bits import Ladder
 from fitcompress.methods.bit_sharing.training import Trainer
@@ -54,8 +50,8 @@ class BitSharing:
     the gates with the gradient of a sigmoid, λ adapted to the budget. A filter group
     goes where its largest-relative norm is at most τ_p. Even steps train thresholds of
     weights, odd steps those of inputs; a vote over batches decides on the bits of
-    inputs. The first and the last layer keep 8 bits. Gates that are still open beyond
-    the budget in the end are closed, those nearest to their threshold first.
+    inputs. The first and the last layer keep 8 bits. In the end, gates nearest to their
+    threshold are closed or opened, so that the budget is met and spent.
 
     Attributes:
         ladder: Bits to choose from; each divides the next.
@@ -207,8 +203,8 @@ class BitSharing:
         trainer.run(checkpoint, key, progress=progress)
         votes = trainer.votes(self.vote_batches)
         found = configuration(network, votes)
-        searched = found.bops(network)
-        found.fit(network, limit)
+        searched = found.bops()
+        found.fit(limit)
         device = device_of(model)
         passing = take(trainer.pass_of(self.epochs), NORM_SAMPLES)
         inputs = [x.to(device) for x, _ in passing]
@@ -220,7 +216,7 @@ class BitSharing:
             "price": trainer.price.weight,
             "votes": {
                 name: {str(bits): count for bits, count in sorted(tally.items())}
-                for name, tally in votes.items()
+                for name, tally in votes.bits.items()
             },
         }
         return make_plan(model, network, found, details), dense, inputs

@@ -92,14 +92,14 @@ def round_half_up(x: torch.Tensor) -> torch.Tensor:
     odd integer, and the parts of a sum would differ from the whole where z is halfway.
     """
     floor = x.floor()
-    rounded: torch.Tensor = floor + (x - floor).ge(0.5).to(x.dtype)
-    return rounded
+    return floor + (x - floor).ge(0.5).to(x.dtype)
 
 
 def quantize_directly(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Return D(z, s_b), halves up; z in [0, 1]."""
     levels = 2**bits - 1
-    return round_half_up(z * levels) / levels
+    quantized: torch.Tensor = round_half_up(z * levels) / levels
+    return quantized
 
 
 def share_bits(

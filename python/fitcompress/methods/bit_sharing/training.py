@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fitcompress.methods.bit_sharing.network import SharedNetwork
     from fitcompress.quantize import WeightGrid
 
-__all__ = ["Price", "Trainer"]
+__all__ = ["Price", "Trainer", "Votes"]
 
 SAVE_EVERY = 30.0  # seconds between checkpoints
 TEMPERATURE = 4.0  # of distillation
@@ -86,6 +87,19 @@ class Price:
         excess = math.log(cost) - math.log(self.target(step))
         raised = self.weight * math.exp(self._gain / self._steps * excess)
         self.weight = min(max(raised, self._first / 100), 1000 * self._first)
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Gates of inputs depend on the batch; every batch has one vote.
+
+    Attributes:
+        bits: Layer → bits of its input → how many batches ask for them.
+        measures: Layer → mean |z − z_prev| of every rung above the first.
+    """
+
+    bits: dict[str, dict[int, int]]
+    measures: dict[str, list[float]]
 
 
 class Trainer:
@@ -253,14 +267,12 @@ class Trainer:
         return TEMPERATURE**2 * soft
 
     @torch.no_grad()
-    def votes(self, batches: int) -> dict[str, dict[int, int]]:
-        """Return layer → bits of its input → how many batches ask for them.
-
-        Gates of inputs depend on the batch; here every batch has one vote.
-        """
+    def votes(self, batches: int) -> Votes:
+        """Let up to so many batches vote on the bits of inputs."""
         self.network.model.eval()
         asking = [x for x in self.network.free if x.inputs is not None]
         found: dict[str, dict[int, int]] = {layer.name: {} for layer in asking}
+        sums: dict[str, list[float]] = {}
         for number, x in enumerate(self._inputs(self.options.epochs)):
             if number == batches:
                 break
@@ -269,5 +281,12 @@ class Trainer:
                 assert layer.inputs is not None
                 assert layer.inputs.found is not None
                 bits = int(layer.inputs.found.bits)
-                found[layer.name][bits] = found[layer.name].get(bits, 0) + 1
-        return found
+                tally, seen = found[layer.name], layer.inputs.found.measures
+                tally[bits] = tally.get(bits, 0) + 1
+                before = sums.get(layer.name, [0.0] * len(seen))
+                sums[layer.name] = [
+                    a + float(b) for a, b in zip(before, seen, strict=True)
+                ]
+        voted = {name: sum(tally.values()) for name, tally in found.items()}
+        means = {name: [s / voted[name] for s in of] for name, of in sums.items()}
+        return Votes(found, means)

@@ -133,7 +133,9 @@ class Configuration:
                 if rung == (len(ladder) - 1 if up else 0):
                     continue
                 gate = rung if up else rung - 1
-                nearness = float(sharing.threshold[gate]) / max(measures[gate], LEAST)
+                nearness = float(sharing.threshold[gate].detach()) / max(
+                    measures[gate], LEAST
+                )
                 after = ladder[rung + 1 if up else rung - 1]
                 yield _Move(nearness, name, what, bits, after)  # type: ignore[arg-type]
 
@@ -152,7 +154,7 @@ class Configuration:
             least = min(staying, key=lambda group: float(norms[group]))
             kept = [row for row in self.kept[name] if row // size != least]
             assert layer.weight.filter_threshold is not None
-            threshold = float(layer.weight.filter_threshold)
+            threshold = float(layer.weight.filter_threshold.detach())
             nearness = threshold / max(float(norms[least]), LEAST)
             yield _Move(nearness, name, "filters", self.kept[name], kept)
 
@@ -169,7 +171,7 @@ def configuration(network: SharedNetwork, votes: Votes) -> Configuration:
     for layer in network.layers:
         name = layer.name
         assert layer.weight.found is not None
-        weights[name] = int(layer.weight.found.bits)
+        weights[name] = int(layer.weight.found.bits.detach())
         if layer.inputs is not None:
             inputs[name] = FIXED_BITS
         if name in votes.bits:

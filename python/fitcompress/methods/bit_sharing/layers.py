@@ -132,7 +132,7 @@ class SharedWeight(_Sharing):
         rows = self.view.matrix_of(weight)
         kept = self.filters(weight)[:, None].to(rows.dtype)
         mean, deviation = _statistics(rows, kept)
-        reach = self.reach * deviation
+        reach = self.reach.detach() * deviation
         inside = rows.maximum(mean - reach).minimum(mean + reach)
         return self.view.weight_of(inside * kept, weight.shape)
 

@@ -110,6 +110,9 @@ def bit_sharing(
     Writes the plan, and the packed file of the network that was trained along.
     """
     prepare(json, out, plan, inputs=[weights])
+    if out.resolve() == plan.resolve():
+        message = "--plan and --out are the same file"
+        raise typer.BadParameter(message)
     start = time.monotonic()
     method = BitSharing(
         ladder=_ladder(ladder),

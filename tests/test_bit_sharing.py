@@ -666,6 +666,11 @@ def test_what_cannot_be_searched_is_told() -> None:
         BitSharing().run(net.half(), data, fc.Budget(bops="5%"), progress=False)
 
 
+def test_a_method_that_trains_does_not_search_a_table(sensitivity) -> None:
+    with pytest.raises(OptionError, match=r"run\(\)"):
+        fc.search(sensitivity, fc.Budget(bops="9%"), method=BitSharing())
+
+
 def test_a_loss_that_is_not_finite_is_told() -> None:
     with pytest.raises(NonFiniteError, match="step"):
         run(options={"learning_rate": 1e12})

@@ -72,9 +72,13 @@ class BitSharing:
     reconstruction, see ``docs/method.md``.
 
     Example:
-        >>> BitSharing(ladder=(2, 4, 8), epochs=3, prune_groups={"layer*.conv1": 4})
-        ... # doctest: +ELLIPSIS
-        BitSharing(ladder=(2, 4, 8), epochs=3, ...)
+        >>> import torch, fitcompress as fc
+        >>> net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        >>> data = [(torch.randn(16, 4), torch.randint(0, 4, (16,)))]
+        >>> method = fc.methods.BitSharing(epochs=2)
+        >>> plan, small = method.run(net, data, fc.Budget(bops="4%"), progress=False)
+        >>> plan.bops <= 0.04 * 4 * 16 * 32 * 32
+        True
     """
 
     ladder: tuple[int, ...] = (2, 4, 8)

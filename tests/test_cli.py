@@ -150,6 +150,33 @@ def test_the_whole_flow_on_the_digits(run, trained, tmp_path) -> None:
     assert not any(".partial" in name or name.startswith(".") for name in left)
 
 
+def test_bits_are_learnt_by_training(run, trained) -> None:
+    model = ("--model", "digits", "--weights", trained)
+    options = ("--bops", "4%", "--epochs", 1, "--prune", "features.6=8")
+    result = done(run("run", "bit-sharing", *model, *DIGITS, *options, "--json", "b"))
+    values = json.loads(Path("b").read_text())
+    assert values["bops"] <= values["bops_limit"]
+    assert values["bytes_after"] == Path("small.safetensors").stat().st_size
+    plan = fc.Plan.load("plan.json")
+    assert plan.bops == values["bops"]
+    assert plan.summary() in result.out
+    assert plan.levels["features.0"].activation_bits == 8
+    assert not Path("small.safetensors.partial").exists()
+    again = ("--out", "again.safetensors", "--samples", 96)
+    done(run("apply", "plan.json", *model, *DIGITS, *again))
+    for wrong in (
+        ("--ladder", "2,3"),
+        ("--ladder", "2;4"),
+        ("--prune", "features.6"),
+        ("--prune", "nothing=4"),
+        ("--plan", "small.safetensors"),
+    ):
+        assert run("run", "bit-sharing", *model, *DIGITS, *options, *wrong).code in (
+            1,
+            2,
+        )
+
+
 def test_packing_without_data_and_compressing_in_one_go(run, tiny_files) -> None:
     done(run("pack", "plan.json", *MODEL, "--out", "rounded"))
     assert Path("rounded").stat().st_size <= 900

@@ -43,6 +43,7 @@ from fitcompress.quantize import (
     round_leftovers_,
     shorten_norms_,
 )
+from fitcompress.sensitivity.kept_filters import kept_filters
 from fitcompress.sensitivity.mask_rules import check_rule, importance_of
 from fitcompress.sensitivity.table import Grid
 from fitcompress.threads import FIXED, threads
@@ -96,7 +97,8 @@ def apply(
             order of a rule of :mod:`fitcompress.masks` for the dense weights; what is
             left is refitted if there are calibration data. None: with calibration data
             what the others make up for best, in rounds with refits between them;
-            without, the smallest |θ|.
+            without, the smallest |θ|. A plan that says which filters to keep, in its
+            details, brings its own rule.
         checkpoint: File to save progress to and resume from; removed at the end.
         progress: Show a bar with the time left.
 
@@ -168,6 +170,7 @@ class Compressor:
         self.plan, self.progress = plan, progress
         self.options = compensation or Compensation()
         self.layers = compressible_layers(self.model)
+        masks = kept_filters(plan.details) if masks is None else masks
         self._masks = masks
         if masks is not None:
             check_rule(masks, self.layers)

@@ -1,9 +1,10 @@
 """Ways to choose a plan, for ``search(…, method=…)``, and to train a compressed model.
 
 ``Greedy``, ``Lagrangian``, ``Optimal``, ``PathSearch`` and ``Uniform`` choose levels.
-``PruningTernary`` trains: its ``run(model, loader)`` returns a compressed model.
+``BitSharing`` and ``PruningTernary`` train: see their ``run``.
 """
 
+from fitcompress.methods.bit_sharing import BitSharing
 from fitcompress.methods.pruning_ternary import PruningTernary
 from fitcompress.search.lagrangian import Lagrangian
 from fitcompress.search.optimal import Optimal
@@ -11,6 +12,7 @@ from fitcompress.search.path import PathSearch
 from fitcompress.search.simple_methods import Greedy, Uniform
 
 __all__ = [
+    "BitSharing",
     "Greedy",
     "Lagrangian",
     "Optimal",

@@ -67,8 +67,8 @@ def search(
 
     Raises:
         BudgetInfeasibleError: Names the smallest reachable cost.
-        OptionError: The sensitivity has no grid of that family, or steps are to meet a
-            bound on bit operations.
+        OptionError: The sensitivity has no grid of that family, steps are to meet a
+            bound on bit operations, or the method is none that searches a table.
         SearchLimitError: The method gave up before it met the budget.
     """
     if "bops" in budget.costs and family in ("step", "any"):
@@ -76,6 +76,13 @@ def search(
             "entropy-coded steps have no fixed number of bits to bound",
             got=f"a budget on bit operations with family={family!r}",
             wanted="family='bits'",
+        )
+    if method is not None and not hasattr(method, "solve"):
+        raise OptionError(
+            "this method does not choose from a table",
+            got=type(method).__name__,
+            wanted="one with solve, such as Optimal()",
+            fix="call its run() with the model, if it is one that trains",
         )
     problem = make_problem(sensitivity, budget, family, masks, activations, latency)
     return problem.plan((method or Optimal()).solve(problem))

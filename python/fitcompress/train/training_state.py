@@ -1,10 +1,10 @@
-"""A fine-tuning run on disk, so that a killed one goes on and ends the same."""
+"""A training run on disk, so that a killed one goes on and ends the same."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import safetensors
 import safetensors.torch
@@ -17,15 +17,30 @@ from fitcompress.train.devices import device_of
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from torch import nn
 
     from fitcompress.quantize import WeightGrid
-    from fitcompress.train.rate_control import RateControl
 
-__all__ = ["TrainingState"]
+__all__ = ["Pricing", "TrainingState"]
 
 logger = logging.getLogger(__name__)
+
+
+class Pricing(Protocol):
+    """What holds a network to its budget while it trains.
+
+    Attributes:
+        weight: The price of what is bounded.
+        layers: Modules whose grids have prices of their own, with these grids.
+    """
+
+    weight: float
+
+    @property
+    def layers(self) -> Sequence[tuple[nn.Module, WeightGrid]]:
+        """Modules and grids."""
 
 
 class TrainingState:
@@ -39,7 +54,7 @@ class TrainingState:
         key: Settings that must be equal for the file to be used.
         model: The model under training; its values now become part of the key.
         optimizer: Its optimizer.
-        rate: Its rate control, if bits are priced.
+        rate: What prices bits, if anything does.
     """
 
     def __init__(
@@ -48,7 +63,7 @@ class TrainingState:
         key: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rate: RateControl | None = None,
+        rate: Pricing | None = None,
     ) -> None:
         self.path, self.key = check_writable(path), f"{key}-{fingerprint(model, [])}"
         self.model, self.optimizer, self.rate = model, optimizer, rate

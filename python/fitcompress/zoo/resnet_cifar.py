@@ -1,4 +1,4 @@
-"""ResNets for 32×32 images with parameter-free shortcuts (He et al. 2015, option A)."""
+"""ResNets for 32×32 images (He et al. 2015): shortcuts without parameters, or 1×1."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ __all__ = ["CifarResNet", "resnet20", "resnet56"]
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut that subsamples and pads channels."""
+    """Two 3×3 convolutions and a shortcut that subsamples and pads channels.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    With ``projection``, a 1×1 convolution where shapes change (option B).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, *, projection: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride, self.extra = stride, outputs - inputs
+        self.downsample: nn.Sequential | None = None
+        if projection and (stride != 1 or self.extra):
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output [B, outputs, H/stride, W/stride]."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1 or self.extra:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1 or self.extra:
             x = x[:, :, :: self.stride, :: self.stride]
             half = self.extra // 2
             x = F.pad(x, (0, 0, 0, 0, half, self.extra - half))
@@ -36,10 +49,15 @@ class CifarResNet(nn.Module):
     Args:
         blocks: n, blocks per stage: 3 for ResNet-20, 9 for ResNet-56.
         classes: Number of classes.
+        projection: 1×1 convolutions as shortcuts where shapes change; else these
+            subsample and pad.
     """
 
-    def __init__(self, blocks: int, classes: int = 10) -> None:
+    def __init__(
+        self, blocks: int, classes: int = 10, *, projection: bool = False
+    ) -> None:
         super().__init__()
+        self._projection = projection
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(16, 16, blocks, 1)
@@ -47,9 +65,10 @@ class CifarResNet(nn.Module):
         self.layer3 = self._stage(32, 64, blocks, 2)
         self.linear = nn.Linear(64, classes)
 
-    @staticmethod
-    def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
-        first = Block(inputs, outputs, stride)
+    def _stage(
+        self, inputs: int, outputs: int, blocks: int, stride: int
+    ) -> nn.Sequential:
+        first = Block(inputs, outputs, stride, projection=self._projection)
         return nn.Sequential(
             first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1))
         )

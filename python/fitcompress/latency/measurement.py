@@ -202,7 +202,9 @@ def _chosen(names: list[str], pattern: NDArray[np.bool_]) -> list[str]:
     return [name for name, integer in zip(names, pattern, strict=True) if integer]
 
 
-def _check_options(weight_bits: int, activation_bits: int, networks: int | None) -> None:
+def _check_options(
+    weight_bits: int, activation_bits: int, networks: int | None
+) -> None:
     if type(weight_bits) is not int or weight_bits not in WIDTHS:
         raise OptionError(
             "no integers have these weight_bits",
@@ -210,9 +212,7 @@ def _check_options(weight_bits: int, activation_bits: int, networks: int | None)
             wanted=", ".join(map(str, WIDTHS)),
         )
     if type(activation_bits) is not int or not 2 <= activation_bits <= 16:
-        raise OptionError(
-            "activation_bits", got=repr(activation_bits), wanted="2 … 16"
-        )
+        raise OptionError("activation_bits", got=repr(activation_bits), wanted="2 … 16")
     if networks is not None and (type(networks) is not int or networks < 2):
         raise OptionError(
             "networks", got=repr(networks), wanted="a whole number, 2 or more"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fitcompress.errors import OptionError
 from fitcompress.export.onnx_file import ExportOptions
 from fitcompress.export.variants import Variants
-from fitcompress.latency.timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from torch import nn
+
+    from fitcompress.latency.timing import Timing
 
 __all__ = ["LatencySession", "LatencyTarget", "OnnxTarget", "check_count"]
 

@@ -235,7 +235,7 @@ def make_problem(
             "the latency table has no effect",
             got=f"a budget of {budget}",
             wanted="a bound on the latency",
-            fix="search with Budget(…, latency_ms=…)",
+            fix="search with Budget(…, latency=…)",
         )
     masks = family != "step" if masks is None else masks
     kept = sensitivity.distortion.shape[2] if masks else 1

@@ -90,8 +90,11 @@ def search(
             family=family,
             masks=masks,
         )
+    chosen = method or Optimal()
     if isinstance(latency, LatencyTable):
-        latency = latency.single_ms  # refused below: it would have no effect
+        return search_under_latency(
+            sensitivity, budget, latency, chosen, family=family, masks=masks
+        )
     problem = make_problem(sensitivity, budget, family, masks, activations, latency)
     return problem.plan(chosen.solve(problem))
 

@@ -7,7 +7,6 @@ bounds, that leaves it float or integer as chosen.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -61,6 +60,13 @@ def search_under_latency(
             with, or the budget has groups.
         PlanMismatchError: The table is for another network.
     """
+    if "latency" not in budget.costs:
+        raise OptionError(
+            "the latency table has no effect",
+            got=f"a budget of {budget}",
+            wanted="a bound on the latency",
+            fix="search with Budget(…, latency=…)",
+        )
     if any(len(group) > 1 for group in budget.groups):
         raise OptionError(
             "groups cannot be searched with a measured latency table",
@@ -83,9 +89,9 @@ def search_under_latency(
     )
     _check_levels(problem, latency, least, places)
     layers = choose_integer_layers(
-        math.ceil(latency.float_ms * 1e6),
-        np.ceil(latency.single_ms * 1e6).astype(np.int64),
-        np.ceil(latency.pair_ms * 1e6).astype(np.int64),
+        int(_nanoseconds(latency.float_ms)),
+        _nanoseconds(latency.single_ms),
+        _nanoseconds(latency.pair_ms),
         least[places],
         limit,
     )
@@ -101,6 +107,12 @@ def search_under_latency(
     if not (layers.proven and _separable(problem, latency)):
         choice = replace(choice, status="FEASIBLE", gap=None)
     return _finished(restricted, choice, layers.nanoseconds, int(integer.sum()))
+
+
+def _nanoseconds(milliseconds: NDArray[np.float64] | float) -> NDArray[np.int64]:
+    """Round up to whole nanoseconds, but for the dust of a fit."""
+    whole = np.ceil(np.asarray(milliseconds) * 1e6 - 1e-3)
+    return np.asarray(whole, dtype=np.int64)
 
 
 def _places(latency: LatencyTable, sensitivity: Sensitivity) -> NDArray[np.int64]:

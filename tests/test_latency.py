@@ -361,6 +361,36 @@ def test_measurements_that_cannot_be(net) -> None:
         )
 
 
+class Tokens(nn.Module):
+    """An embedding, a layer that is never called, and two in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.unused = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 3)
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.embed(ids)).relu())
+
+
+def test_layers_stand_in_the_order_in_which_they_run() -> None:
+    class Target(FakeTarget):
+        def milliseconds(self, layers):
+            ms = 4 - ("first" in layers) - len(layers)
+            return Timing.of([(ms, 4.0)])
+
+    ids = torch.zeros(2, 3).long()
+    table = fc.measure_latency(Tokens(), ids, Target(), progress=False)
+    assert table.names == ("first", "second")
+    np.testing.assert_allclose(table.single_ms, [-2, -1], atol=1e-9)
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    real = fc.OnnxRuntimeTarget(turns=1, shortest_ms=0, batch=3)
+    assert len(fc.measure_latency(Tokens(), ids, real, progress=False).ratios) == 4
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code, "{onnx}", "{batch}"]
 
@@ -383,7 +413,13 @@ def test_a_command_prints_milliseconds(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import time; time.sleep(60)", r"took too long.*more than 0\.\d seconds"),
+        ("import time; time.sleep(60)", r"took too long.*more than 0\.3 seconds"),
+        # it ends, and leaves something behind that never closes its output
+        (
+            "import subprocess, sys; "
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+            r"took too long",
+        ),
         ("import sys; sys.exit('broken board')", "exit code 1.*broken board"),
         ("print('fast')", "printed no milliseconds.*fast"),
         ("print(0)", "printed no milliseconds"),
@@ -394,7 +430,7 @@ def test_a_command_prints_milliseconds(tmp_path) -> None:
     ],
 )
 def test_commands_that_fail(code, message, tmp_path) -> None:
-    timeout = 0.2 if "sleep" in code else 60
+    timeout = 0.3 if "sleep" in code else 60
     target = fc.CommandTarget(python(code), timeout=timeout)
     with pytest.raises(LatencyError, match=message):
         target.milliseconds_of(tmp_path / "net.onnx")

@@ -132,6 +132,7 @@ class CommandTarget(OnnxTarget):
         try:
             out, errors = process.communicate(timeout=self.timeout)
         except subprocess.TimeoutExpired as error:
+            _kill(process)
             raise LatencyError(
                 "the command took too long",
                 got=f"{shown}, more than {self.timeout:g} seconds",
@@ -149,11 +150,16 @@ class CommandTarget(OnnxTarget):
         return _milliseconds(out, shown)
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command and what it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a command and close its pipes."""
+    """Kill a command that was interrupted, and close its pipes."""
     if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.wait()
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:

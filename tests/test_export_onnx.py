@@ -21,6 +21,8 @@ from fitcompress.errors import (
     OutputError,
     PlanMismatchError,
 )
+from fitcompress.export.onnx_file import ExportOptions
+from fitcompress.export.variants import Variants
 from fitcompress.model import compressible_layers
 from fitcompress.model.value_ranges import Range
 from fitcompress.quantize import (
@@ -28,6 +30,7 @@ from fitcompress.quantize import (
     MinMaxObserver,
     activations,
     attach_activation,
+    detach_activation,
     grid_of,
 )
 from fitcompress.zoo import BertEncoder, DigitsNet
@@ -114,6 +117,39 @@ def test_a_file_computes_what_the_model_computes(net, images, tmp_path, grid) ->
         assert {layer.weight for layer in report.layers} == {"INT16"}
     assert report.bytes_after == (tmp_path / "f.onnx").stat().st_size
     assert report.summary() in str(report)
+
+
+def test_weights_fold_where_inputs_are_float(net, images, tmp_path) -> None:
+    small = observe(rounded(net, GRIDS["4"]), images, 8)
+    for name in ("conv", "head"):
+        detach_activation(small.get_submodule(name))
+    path = tmp_path / "f.onnx"
+    report = fc.export_onnx(small, path, images, fold_weights=True, min_bits=8)
+    assert equal(small, path, images)
+    kinds = {layer.name: (layer.weight, layer.input) for layer in report.layers}
+    assert kinds["conv"] == kinds["head"] == ("FLOAT", None)
+    assert kinds["deep"] == kinds["out"] == ("INT8", "UINT8")
+    assert set(types(path)) == {"deep.weight_codes", "out.weight_codes"}
+
+
+def test_one_trace_gives_the_files_of_all_choices(net, images, tmp_path) -> None:
+    whole = observe(rounded(net, GRIDS["8"]), images, 8)
+    options = ExportOptions(min_bits=8, fold_weights=True)
+    variants = Variants(whole, images, options)
+    assert set(variants.layers) == {"conv", "deep", "head", "out"}
+    for chosen in ((), ("deep",), ("head", "conv"), variants.layers, ("deep",)):
+        one = copy.deepcopy(whole)
+        for name in set(variants.layers) - set(chosen):
+            detach_activation(one.get_submodule(name))
+        path = tmp_path / "f.onnx"
+        path.write_bytes(variants.onnx_bytes(chosen))
+        assert equal(one, path, images)
+        found = {node.op_type for node in onnx.load(path).graph.node}
+        assert ("QuantizeLinear" in found) == bool(chosen)
+        fc.export_onnx(one, tmp_path / "g.onnx", images, fold_weights=True, min_bits=8)
+        assert (tmp_path / "g.onnx").stat().st_size == path.stat().st_size
+    with pytest.raises(OptionError, match="'other' has no quantizer"):
+        variants.onnx_bytes(["other"])
 
 
 def test_scales_are_per_output_channel(tmp_path) -> None:

@@ -10,6 +10,12 @@ from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
 from fitcompress.export import ExportReport, export_onnx
+from fitcompress.latency.command import CommandTarget
+from fitcompress.latency.measurement import LatencyCheck, measure_latency
+from fitcompress.latency.onnx_runtime import OnnxRuntimeTarget
+from fitcompress.latency.table import LatencyTable
+from fitcompress.latency.target import LatencySession, LatencyTarget
+from fitcompress.latency.timing import Timing
 from fitcompress.quantize import remove
 from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
@@ -28,18 +34,25 @@ from fitcompress.versions import __version__, show_versions
 
 __all__ = [
     "Budget",
+    "CommandTarget",
     "Compensation",
     "ExportReport",
     "FileContents",
     "FisherMoments",
     "Grid",
+    "LatencyCheck",
+    "LatencySession",
+    "LatencyTable",
+    "LatencyTarget",
     "Level",
     "MovingMetric",
+    "OnnxRuntimeTarget",
     "PackedFile",
     "Plan",
     "Refinement",
     "Rule",
     "Sensitivity",
+    "Timing",
     "__version__",
     "apply",
     "calibrate",
@@ -52,6 +65,7 @@ __all__ = [
     "masks",
     "measure",
     "measure_fisher",
+    "measure_latency",
     "measure_shards",
     "methods",
     "ops",

@@ -11,6 +11,7 @@ __all__ = [
     "ExportError",
     "FitcompressError",
     "FormatError",
+    "LatencyError",
     "MemorisedDataWarning",
     "MissingDependencyError",
     "NoCompressibleLayerError",
@@ -137,6 +138,10 @@ class SearchLimitError(FitcompressError, RuntimeError):
 
 class FormatError(FitcompressError, ValueError):
     """A file is damaged, truncated or of another format or version."""
+
+
+class LatencyError(FitcompressError, RuntimeError):
+    """A target could not time a file."""
 
 
 class OutputError(FitcompressError, OSError):

@@ -10,7 +10,7 @@ from rich.console import Console
 from fitcompress.cli.app import app
 
 # Imported for the commands that they register.
-from fitcompress.cli import demo, exports, look, plans, weights  # noqa: F401  isort: skip
+from fitcompress.cli import demo, exports, latencies, look, plans, weights  # noqa: F401  isort: skip
 from fitcompress.cli import bit_sharing, pruning_ternary  # noqa: F401  isort: skip
 from fitcompress.errors import FitcompressError
 

@@ -19,7 +19,7 @@ from fitcompress.cli.models import build_model
 from fitcompress.errors import OptionError
 from fitcompress.export import export_onnx
 
-__all__ = ["export"]
+__all__ = ["export", "sizes"]
 
 EXPORT = defaults(export_onnx)
 
@@ -46,6 +46,12 @@ def export(
     channel_multiple: Annotated[
         int, typer.Option(help="Remove idle channels down to a multiple of this.")
     ] = EXPORT["channel_multiple"],
+    fold_weights: Annotated[
+        bool,
+        typer.Option(
+            "--fold-weights", help="Float weights in layers whose inputs are in float."
+        ),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Write a packed file as ONNX, with integer weights, for other runtimes."""
@@ -54,11 +60,12 @@ def export(
     result = export_onnx(
         build_model(model),
         onnx,
-        torch.zeros(2, *_sizes(shape), dtype=dtype),
+        torch.zeros(2, *sizes(shape), dtype=dtype),
         packed=packed,
         opset=opset,
         min_bits=min_bits,
         channel_multiple=channel_multiple,
+        fold_weights=fold_weights,
     )
     console.print(str(result))
     console.print(f"wrote {onnx}")
@@ -66,7 +73,7 @@ def export(
     emit(json, values)
 
 
-def _sizes(text: str) -> list[int]:
+def sizes(text: str) -> list[int]:
     """Return the sizes in a text like "3,32,32".
 
     Raises:

@@ -25,6 +25,7 @@ from fitcompress.cli.app import (
 )
 from fitcompress.cli.models import check_data, trained_model
 from fitcompress.data import load_dataset
+from fitcompress.latency.table import LatencyTable
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
 from fitcompress.refinement import Refinement
 from fitcompress.search import Budget
@@ -219,6 +220,13 @@ def search(
     bops: Annotated[
         str | None, typer.Option(help='Bit operations: "10%" or a number.')
     ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(help='Latency: "4ms", or "50%" of the float network\'s.'),
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What `measure-latency` wrote.")
+    ] = None,
     out: OutOption = Path("plan.json"),
     method: Annotated[
         MethodName, typer.Option(help="How to search.")
@@ -227,10 +235,21 @@ def search(
     json: JsonOption = None,
 ) -> None:
     """Find the level of every layer under a budget."""
-    prepare(json, out)
-    budget = Budget(size=size, bops=bops)
+    if (latency is None) != (latency_table is None):
+        message = "--latency and --latency-table go together"
+        raise typer.BadParameter(message)
+    prepare(json, out, inputs=[latency_table] if latency_table else [])
+    budget = Budget(size=size, bops=bops, latency=latency)
     table = Sensitivity.load(sensitivity)
-    plan = find_plan(table, budget, method=make_method(method), family=_family(grids))
+    times = None if latency_table is None else LatencyTable.load(latency_table)
+    wide = 8 if times is None else times.weight_bits
+    plan = find_plan(
+        table,
+        budget,
+        method=make_method(method),
+        family=_family(grids),
+        latency=times,
+    )
     plan.save(out)
     view = Table(title="Plan")
     view.add_column("layer")
@@ -243,6 +262,13 @@ def search(
         view.add_row(name, str(level.grid), masked, bits, f"{level.distortion:.3g}")
     console.print(view)
     console.print(plan.summary())
+    milliseconds = plan.details.get("latency_ms")
+    if milliseconds is not None:
+        console.print(
+            f"predicted latency {milliseconds:.4g} ms with "
+            f"{plan.details['integer_layers']} integer layers, exported with "
+            f"--fold-weights --min-bits {wide}"
+        )
     console.print(f"wrote {out}")
     emit(
         json,
@@ -253,6 +279,7 @@ def search(
             "distortion": plan.distortion,
             "size_bytes": plan.size_bytes,
             "bops": plan.bops,
+            "latency_ms": milliseconds,
         },
     )
 

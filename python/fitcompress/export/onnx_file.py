@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fitcompress.export.graph_weights import GraphWeight
+    from fitcompress.storage.activations import StoredActivation
 
-__all__ = ["export_onnx"]
+__all__ = ["ExportOptions", "converted_graph", "export_onnx", "serialized"]
 
 LARGEST = 2**31 - 1  # bytes of a protocol buffer
 
@@ -40,6 +41,7 @@ def export_onnx(
     opset: int = 21,
     min_bits: int = 2,
     channel_multiple: int = 16,
+    fold_weights: bool = False,
     dynamic_shapes: Any = None,
 ) -> ExportReport:
     """Write a compressed model to an ONNX file, its weights as integers.
@@ -69,6 +71,8 @@ def export_onnx(
         channel_multiple: A layer that has a multiple of so many channels keeps one:
             kernels work on blocks of 8 or 16, and odd numbers cost them more than the
             channels do. 1 removes every channel that does nothing.
+        fold_weights: Write the weights of layers whose inputs stay in float as floats:
+            a larger file, for runtimes that are slow where weights are not constant.
         dynamic_shapes: As ``torch.onnx.export`` takes them; None leaves the first
             dimension of every tensor free, as the batch.
 
@@ -100,36 +104,33 @@ def export_onnx(
         model = load(packed, copy.deepcopy(model), trainable=True)
     _check_compressed(model)
     check_finite(model)
-    options = _Options(opset, min_bits, channel_multiple, dynamic_shapes)
+    options = ExportOptions(
+        opset, min_bits, channel_multiple, fold_weights, dynamic_shapes
+    )
     data, report = _converted(model, example_input, options)
     write_atomically(path, data)
     return ExportReport(path, **report)
 
 
 @dataclass(frozen=True)
-class _Options:
+class ExportOptions:
     """Options of :func:`export_onnx`, checked."""
 
-    opset: int
-    min_bits: int
-    channel_multiple: int
-    dynamic_shapes: Any
+    opset: int = 21
+    min_bits: int = 2
+    channel_multiple: int = 16
+    fold_weights: bool = False
+    dynamic_shapes: Any = None
 
 
 def _converted(
-    model: nn.Module, example: Any, options: _Options
+    model: nn.Module, example: Any, options: ExportOptions
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of the file and what the report says of it."""
-    from fitcompress.export.channels import remove_channels
-    from fitcompress.export.graph_weights import GraphWeight
-    from fitcompress.export.layouts import absorb_transposes
-    from fitcompress.export.linears import split_linears
-    from fitcompress.export.norms import fold_norms
     from fitcompress.export.placeholders import trace
-    from fitcompress.export.write_inputs import check_inputs, write_inputs
-    from fitcompress.export.write_weights import write_weights
+    from fitcompress.export.write_inputs import check_inputs
 
-    weights = {w.name: GraphWeight.of(w) for w in coded_weights(model)}
+    weights = [w.name for w in coded_weights(model)]
     inputs = {stored.name: stored for stored in stored_activations(model)}
     check_inputs(inputs.values(), options.opset)
     graph = trace(
@@ -140,6 +141,35 @@ def _converted(
         opset=options.opset,
         dynamic_shapes=options.dynamic_shapes,
     )
+    return converted_graph(graph, model, inputs, options)
+
+
+def converted_graph(
+    graph: ir.Model,
+    model: nn.Module,
+    inputs: dict[str, StoredActivation],
+    options: ExportOptions,
+) -> tuple[bytes, dict[str, Any]]:
+    """Put numbers in the place of all placeholders, in place.
+
+    Args:
+        graph: The trace of ``model``, with placeholders.
+        model: The compressed model.
+        inputs: Layer → quantizer, of the placeholders of inputs in the graph.
+        options: Of the export.
+
+    Returns:
+        The bytes of the file and what the report says of it.
+    """
+    from fitcompress.export.channels import remove_channels
+    from fitcompress.export.graph_weights import GraphWeight
+    from fitcompress.export.layouts import absorb_transposes
+    from fitcompress.export.linears import split_linears
+    from fitcompress.export.norms import fold_norms
+    from fitcompress.export.write_inputs import write_inputs
+    from fitcompress.export.write_weights import write_weights
+
+    weights = {w.name: GraphWeight.of(w) for w in coded_weights(model)}
     before = len(serialized(graph)) + _float_bytes(weights)
     absorb_transposes(graph, weights)
     folded = fold_norms(graph, weights)
@@ -148,7 +178,11 @@ def _converted(
     channels = {name: channel_of(model.get_submodule(name)) for name in inputs}
     input_kinds = write_inputs(graph, inputs, channels)
     kinds = write_weights(
-        graph, weights, opset=options.opset, min_bits=options.min_bits
+        graph,
+        weights,
+        opset=options.opset,
+        min_bits=options.min_bits,
+        floats=weights.keys() - inputs.keys() if options.fold_weights else (),
     )
     data = serialized(graph)
     layers = tuple(

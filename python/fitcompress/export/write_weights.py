@@ -12,7 +12,10 @@ from fitcompress.export.integers import weight_type
 from fitcompress.export.placeholders import WEIGHT
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from fitcompress.export.graph_weights import GraphWeight
+    from fitcompress.export.integers import IntegerType
 
 __all__ = ["FLOAT", "write_weights"]
 
@@ -21,7 +24,12 @@ DTYPES = {"f4": "FLOAT", "f2": "FLOAT16", "bf2": "BFLOAT16"}
 
 
 def write_weights(
-    model: ir.Model, weights: dict[str, GraphWeight], *, opset: int, min_bits: int
+    model: ir.Model,
+    weights: dict[str, GraphWeight],
+    *,
+    opset: int,
+    min_bits: int,
+    floats: Collection[str] = (),
 ) -> dict[str, str]:
     """Replace every placeholder of a weight, in place.
 
@@ -33,6 +41,7 @@ def write_weights(
         weights: Layer → weight.
         opset: Version of the operator set.
         min_bits: No narrower integers than these.
+        floats: Layers whose weights become plain numbers whatever their codes.
 
     Returns:
         Layer → ONNX's name of the type that the file has its weight in.
@@ -42,9 +51,10 @@ def write_weights(
     for layer, node in placeholders(model, WEIGHT):
         if layer not in made:
             place = _front(model, node)
-            made[layer], kinds[layer] = _write(
-                model, place, weights[layer], opset, min_bits
-            )
+            weight = weights[layer]
+            kind = None if layer in floats else _kind(weight, opset, min_bits)
+            made[layer] = _write(model, place, weight, kind)
+            kinds[layer] = DTYPES[weight.dtype] if kind is None else kind.name
             made[layer].shape = node.outputs[0].shape
             made[layer].type = node.outputs[0].type
         node.outputs[0].replace_all_uses_with(made[layer], replace_graph_outputs=True)
@@ -58,17 +68,20 @@ def _front(model: ir.Model, node: ir.Node) -> ir.Node:
     return node if node.graph is model.graph else model.graph[0]
 
 
-def _write(
-    model: ir.Model, place: ir.Node, weight: GraphWeight, opset: int, min_bits: int
-) -> tuple[ir.Value, str]:
-    """Return the value of a weight, and the type of its initializer."""
-    name = f"{weight.name}.weight" if weight.name else "weight"
+def _kind(weight: GraphWeight, opset: int, min_bits: int) -> IntegerType | None:
+    """Return the type of integers that holds all codes, or None."""
     lowest, highest = int(weight.codes.min()), int(weight.codes.max())
-    kind = weight_type(lowest, highest, opset, min_bits)
+    return weight_type(lowest, highest, opset, min_bits)
+
+
+def _write(
+    model: ir.Model, place: ir.Node, weight: GraphWeight, kind: IntegerType | None
+) -> ir.Value:
+    """Return the value of a weight; its initializer has integers of that kind."""
+    name = f"{weight.name}.weight" if weight.name else "weight"
     target = DTYPES[weight.dtype]
     if kind is None:
-        values = initializer(model, name, weight.values(), target)
-        return values, target
+        return initializer(model, name, weight.values(), target)
     wide = weight.scale.size > 1
     regrouped = wide and weight.row_axis is None
     codes = weight.regrouped() if regrouped else weight.codes
@@ -86,7 +99,7 @@ def _write(
     if target != FLOAT:
         to = int(ir.DataType[target])
         value = insert(place, "Cast", [value], f"{name}_{target.lower()}", to=to)
-    return value, kind.name
+    return value
 
 
 def _in_groups(

@@ -46,6 +46,9 @@ class Budget:
         latency_ms: Milliseconds, by the table that the search is given.
         rules: What single layers may be given.
         groups: Names of layers that must share grid and sparsity, a tuple a group.
+        latency: The same as ``latency_ms`` as ``"4ms"``, or ``"50%"`` of the float
+            network's latency in a table of ``measure_latency``; or a number of
+            milliseconds.
 
     Example:
         >>> Budget(size="5%").size_bytes(dense_bytes=1_000_000)
@@ -59,20 +62,27 @@ class Budget:
     latency_ms: float | None = None
     rules: tuple[Rule, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
+    latency: int | float | str | None = None
 
     def __post_init__(self) -> None:
         if not self.costs:
             raise BudgetError(
                 "a budget bounds a cost",
                 got="none",
-                wanted="size, bops or latency_ms, or several of them",
+                wanted="size, bops, latency or latency_ms, or several of them",
                 fix='write Budget(size="5%") or Budget(bops="10%")',
             )
         for name, value in (("size", self.size), ("bops", self.bops)):
             if value is not None:
                 _bound(name, value, 10**6, 10**6)
-        if self.latency_ms is not None:
-            self.latency_ns()
+        if self.latency_ms is not None and self.latency is not None:
+            raise BudgetError(
+                "the latency is bounded twice",
+                got=f"latency_ms={self.latency_ms!r} and latency={self.latency!r}",
+                wanted="one of them",
+            )
+        if "latency" in self.costs:
+            self.latency_ns(1.0)
         object.__setattr__(self, "rules", _rules(self.rules))
         object.__setattr__(self, "groups", _groups(self.groups))
 
@@ -82,7 +92,7 @@ class Budget:
         bounds: tuple[tuple[Cost, object], ...] = (
             ("size", self.size),
             ("bops", self.bops),
-            ("latency", self.latency_ms),
+            ("latency", self.latency if self.latency_ms is None else self.latency_ms),
         )
         return tuple(cost for cost, bound in bounds if bound is not None)
 
@@ -98,30 +108,39 @@ class Budget:
             raise BudgetError("this budget does not bound the bit operations", got=self)
         return _bound("bops", self.bops, dense_bops, 0)
 
-    def latency_ns(self) -> int:
-        """Return the bound in whole nanoseconds."""
-        if self.latency_ms is None:
+    def latency_ns(self, float_ms: float | None = None) -> int:
+        """Return the bound in whole nanoseconds.
+
+        Args:
+            float_ms: Latency of the float network, which shares refer to.
+
+        Raises:
+            BudgetError: There is no bound, or it is a share and nothing is known that
+                it could refer to.
+        """
+        bound = self.latency_ms
+        if self.latency is not None:
+            number, unit = _parse_latency(self.latency)
+            if unit == "%":
+                if float_ms is None:
+                    raise BudgetError(
+                        "a share of a latency refers to that of the float network",
+                        got=repr(self.latency),
+                        wanted="a table of measure_latency, or milliseconds",
+                        fix="search(…, latency=measure_latency(…))",
+                    )
+                number *= Fraction(str(float(float_ms))) / 100
+            return min(int(number * 10**6), LARGEST)
+        if bound is None:
             raise BudgetError("this budget does not bound the latency", got=self)
-        milliseconds = self.latency_ms
-        if (
-            isinstance(milliseconds, bool)
-            or not isinstance(milliseconds, numbers.Real)
-            or not 0 < milliseconds < math.inf
-        ):
-            raise BudgetError(
-                "this bound on the latency cannot be understood",
-                got=repr(milliseconds),
-                wanted="a positive number of milliseconds",
-            )
-        if milliseconds > LARGEST:
-            return LARGEST
-        # The decimal that was written, not the binary fraction next to it.
-        return min(int(Fraction(str(float(milliseconds))) * 10**6), LARGEST)
+        return _milliseconds(bound)
 
     def __str__(self) -> str:
-        bounds = {"size": self.size, "bops": self.bops, "latency": self.latency_ms}
-        parts = [f"{cost} ≤ {bounds[cost]}" for cost in self.costs]
-        return " and ".join(parts) + (" ms" if self.latency_ms is not None else "")
+        bounds = {"size": self.size, "bops": self.bops, "latency": self.latency}
+        if "latency" in self.costs and not isinstance(self.latency, str):
+            milliseconds = self.latency if self.latency_ms is None else self.latency_ms
+            bounds["latency"] = f"{milliseconds} ms"
+        return " and ".join(f"{cost} ≤ {bounds[cost]}" for cost in self.costs)
 
 
 def _rules(rules: Any) -> tuple[Rule, ...]:
@@ -164,6 +183,37 @@ def _bound(name: str, value: float | str, reference: int, weights: int) -> int:
     if unit == "BPW":
         return min(int(weights * number / 8), LARGEST)
     return min(int(number * _UNITS[unit or "B"]), LARGEST)
+
+
+def _milliseconds(bound: Any) -> int:
+    real = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+    if not real or not 0 < bound < math.inf:
+        raise _bad_latency(bound, "a positive number of milliseconds")
+    if bound > LARGEST:
+        return LARGEST
+    # The decimal that was written, not the binary fraction next to it.
+    return min(int(Fraction(str(float(bound))) * 10**6), LARGEST)
+
+
+def _parse_latency(bound: object) -> tuple[Fraction, str]:
+    """Return a bound on the latency as milliseconds, or per cent and ``"%"``."""
+    if not isinstance(bound, str):
+        return Fraction(_milliseconds(bound), 10**6), ""
+    match = re.fullmatch(
+        r"\s*([0-9]{0,12}\.?[0-9]{1,12})\s*(ms|us|µs|s|%)?\s*", bound, re.ASCII
+    )
+    if match is None or not Fraction(match[1]):
+        wanted = 'a positive number of milliseconds, "4ms", "300us" or "50%"'
+        raise _bad_latency(bound, wanted)
+    if match[2] == "%":
+        return Fraction(match[1]), "%"
+    factors = {"s": Fraction(1000), "us": Fraction(1, 1000), "µs": Fraction(1, 1000)}
+    return Fraction(match[1]) * factors.get(match[2], Fraction(1)), ""
+
+
+def _bad_latency(bound: object, wanted: str) -> BudgetError:
+    what = "this bound on the latency cannot be understood"
+    return BudgetError(what, got=repr(bound), wanted=wanted)
 
 
 def _parse(value: float | str) -> tuple[Fraction, str]:

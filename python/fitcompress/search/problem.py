@@ -132,6 +132,8 @@ class Problem:
         dense = self.sensitivity.dense_bytes
         share = f" ({100 * smallest / dense:.2f} %)" if kind == "size" else ""
         fix = "raise the budget, or measure coarser grids and more sparsity"
+        if kind == "latency":
+            fix = "raise the budget: no levels in the table are faster together"
         if kind == "bops" and not self.activations.any():
             fix = "raise the budget, or measure with activation_bits and coarser grids"
         return BudgetInfeasibleError(
@@ -235,7 +237,7 @@ def make_problem(
             "the latency table has no effect",
             got=f"a budget of {budget}",
             wanted="a bound on the latency",
-            fix="search with Budget(…, latency_ms=…)",
+            fix="search with Budget(…, latency=…)",
         )
     masks = family != "step" if masks is None else masks
     kept = sensitivity.distortion.shape[2] if masks else 1

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from fitcompress.errors import OptionError
+from fitcompress.latency.table import LatencyTable
 from fitcompress.search.budget import Budget
 from fitcompress.search.hull import front
 from fitcompress.search.objective import Objective
 from fitcompress.search.optimal import Optimal
 from fitcompress.search.problem import Choice, Family, Problem, make_problem
+from fitcompress.search.under_latency import search_under_latency
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -39,7 +41,7 @@ def search(
     family: Family | None = None,
     masks: bool | None = None,
     activations: bool | None = None,
-    latency: ArrayLike | None = None,
+    latency: ArrayLike | LatencyTable | None = None,
 ) -> Plan:
     """Return the plan that hurts least under ``budget``, as far as the method knows.
 
@@ -59,8 +61,10 @@ def search(
         activations: Whether the inputs of layers may be quantized, too. None: for a
             bound on bit operations, if the sensitivity was measured with activation
             bits. They save no bytes.
-        latency: For a bound on the latency: milliseconds of every layer at every grid
-            and sparsity of the sensitivity, [L, G] or [L, G, S].
+        latency: For a bound on the latency: what :func:`fitcompress.measure_latency`
+            returned; then inputs of layers are quantized where that pays, and
+            ``activations`` has no effect. Or milliseconds of your own, of every layer
+            at every grid and sparsity of the sensitivity, [L, G] or [L, G, S].
 
     Returns:
         A plan whose predicted cost is within the budget, with status and gap.
@@ -77,15 +81,20 @@ def search(
             got=f"a budget on bit operations with family={family!r}",
             wanted="family='bits'",
         )
-    if method is not None and not hasattr(method, "solve"):
+    chosen = method or Optimal()
+    if not hasattr(chosen, "solve"):
         raise OptionError(
             "this method does not choose from a table",
             got=type(method).__name__,
             wanted="one with solve, such as Optimal()",
             fix="call its run() with the model, if it is one that trains",
         )
+    if isinstance(latency, LatencyTable):
+        return search_under_latency(
+            sensitivity, budget, latency, chosen, family=family, masks=masks
+        )
     problem = make_problem(sensitivity, budget, family, masks, activations, latency)
-    return problem.plan((method or Optimal()).solve(problem))
+    return problem.plan(chosen.solve(problem))
 
 
 def pareto(

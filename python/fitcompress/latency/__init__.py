@@ -1,0 +1,1 @@
+"""Milliseconds of networks on a target: measured, fitted, predicted, and checked."""

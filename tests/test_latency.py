@@ -1,0 +1,539 @@
+"""Latency tables: measured on a made-up target, resumed, searched with, checked."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fitcompress as fc
+from fitcompress.cli import main
+from fitcompress.errors import (
+    BudgetInfeasibleError,
+    DataError,
+    FormatError,
+    LatencyError,
+    OptionError,
+    PlanMismatchError,
+)
+from fitcompress.latency.interplay import fit, make_patterns
+from fitcompress.latency.timing import Timing
+from fitcompress.quantize import activations
+from fitcompress.search.budget import BudgetError
+from fitcompress.search.integer_layers import choose_integer_layers
+from test_search_activations import make_table
+
+NAMES = ("conv", "deep", "head", "out")
+SINGLE = {"conv": 0.3, "deep": 0.2, "head": -0.4, "out": -0.1}  # ms
+PAIR = {("conv", "deep"): -1.0, ("deep", "head"): 0.1, ("head", "out"): -0.05}
+X = torch.zeros(2, 2, 6, 6)
+
+
+def formula(layers) -> float:
+    """Milliseconds of TinyNet on the made-up target; 4 in float."""
+    alone = sum(SINGLE[name] for name in layers)
+    pairs = sum(ms for pair, ms in PAIR.items() if set(pair) <= set(layers))
+    return 4.0 + alone + pairs
+
+
+@dataclasses.dataclass
+class FakeTarget:
+    """Times by a formula; may stop after some networks, as a kill would."""
+
+    fingerprint: str = "made up"
+    stop_after: int = 10**9
+    slower: float = 1.0
+    timed: list = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def open(self, model, example_input, *, weight_bits):
+        assert weight_bits == 8
+        self.quantized = {name for name, _ in activations(model)}
+        yield self
+
+    def milliseconds(self, layers):
+        assert set(layers) <= self.quantized
+        if len(self.timed) == self.stop_after:
+            raise KeyboardInterrupt
+        self.timed.append(tuple(layers))
+        # the machine is now and then at half its speed: ratios do not notice
+        pace = 1 + len(self.timed) % 2
+        ms = self.slower * formula(layers)
+        return Timing.of([(pace * ms, 4.0 * pace), (ms, 4.0), (ms, 4.0)])
+
+
+def measured(net, **options) -> fc.LatencyTable:
+    return fc.measure_latency(net, X, FakeTarget(), progress=False, **options)
+
+
+def plan_of(net, integer, bits=8, inputs=8) -> fc.Plan:
+    shapes = {name: tuple(net.get_submodule(name).weight.shape) for name in NAMES}
+    return fc.Plan(
+        {
+            name: fc.Level(
+                fc.Grid(bits=bits),
+                0.0,
+                shape,
+                activation_bits=inputs if name in integer else None,
+            )
+            for name, shape in shapes.items()
+        }
+    )
+
+
+def test_the_table_knows_what_layers_and_neighbours_add(net) -> None:
+    table = measured(net)
+    assert table.names == NAMES
+    assert table.float_ms == 4
+    np.testing.assert_allclose(table.single_ms, list(SINGLE.values()), atol=1e-9)
+    np.testing.assert_allclose(table.pair_ms, list(PAIR.values()), atol=1e-9)
+    assert table.error_ms == pytest.approx(0, abs=1e-9)
+    for count in range(5):
+        for integer in itertools.combinations(NAMES, count):
+            predicted = table.predict(plan_of(net, integer))
+            assert predicted == pytest.approx(formula(integer), rel=1e-9)
+    assert "all integer 3.05 ms" in table.summary()
+    assert "head  alone -0.4000 ms" in str(table)
+
+
+def test_a_formula_that_is_no_sum_shows_in_the_error() -> None:
+    patterns = make_patterns(5, 32)
+    far = patterns[:, 0] & patterns[:, 3]  # no neighbours
+    found = fit(patterns, 1 + 0.4 * far)
+    misses = found.predict(patterns) - (1 + 0.4 * far)
+    assert found.error > np.sqrt(np.mean(misses**2)) > 0.05
+    # by hand: leave each network out, fit the others, predict it
+    left_out = []
+    for i in range(1, len(patterns)):
+        rest = np.delete(np.arange(len(patterns)), i)
+        other = fit(patterns[rest], (1 + 0.4 * far)[rest])
+        left_out.append(other.predict(patterns[i : i + 1])[0] - 1 - 0.4 * far[i])
+    assert found.error == pytest.approx(np.sqrt(np.mean(np.square(left_out))))
+
+
+@pytest.mark.parametrize(("layers", "count"), [(1, 5), (3, 8), (20, 62), (6, 2)])
+def test_patterns_are_different_and_have_both_ends(layers, count) -> None:
+    patterns = make_patterns(layers, count, seed=3)
+    assert len(patterns) == min(count, 2**layers)
+    assert len(np.unique(patterns, axis=0)) == len(patterns)
+    assert not patterns[0].any()
+    assert patterns.all(axis=1).any()
+    np.testing.assert_array_equal(patterns, make_patterns(layers, count, seed=3))
+
+
+def test_a_killed_measurement_goes_on(net, tmp_path) -> None:
+    file, first, second = tmp_path / "partial", FakeTarget(stop_after=5), FakeTarget()
+    options = {"checkpoint": file, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        fc.measure_latency(net, X, first, **options)
+    table = fc.measure_latency(net, X, second, **options)
+    assert len(first.timed) + len(second.timed) == len(table.ratios) == 14
+    assert not file.exists()
+    np.testing.assert_allclose(table.single_ms, measured(net).single_ms)
+    # what belongs to another target is measured anew
+    with pytest.raises(KeyboardInterrupt):
+        fc.measure_latency(net, X, FakeTarget(stop_after=5), **options)
+    other = FakeTarget("another")
+    fc.measure_latency(net, X, other, **options)
+    assert len(other.timed) == 14
+    file.write_bytes(b"damaged")
+    assert len(fc.measure_latency(net, X, FakeTarget(), **options).ratios) == 14
+
+
+def test_tables_are_saved_whole(net, tmp_path) -> None:
+    table, path = measured(net), tmp_path / "latency.json"
+    table.save(path)
+    again = fc.LatencyTable.load(path)
+    assert again.to_dict() == table.to_dict()
+    np.testing.assert_array_equal(again.single_ms, table.single_ms)
+    with pytest.raises(FileNotFoundError):
+        fc.LatencyTable.load(tmp_path / "nothing")
+    good = json.loads(path.read_text())
+    for change in (
+        {"ratios": good["ratios"][1:]},
+        {"float_ms": -1},
+        {"fitcompress_latency": 99},
+        {"names": None},
+        {"patterns": [[2]]},
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(FormatError):
+            fc.LatencyTable.load(path)
+    for text in (b"", b"[]", b"{}", b"\xff", json.dumps(good).encode()[:-9]):
+        path.write_bytes(text)
+        with pytest.raises(FormatError):
+            fc.LatencyTable.load(path)
+
+
+def table_of(single, pair, names=None, float_ms=4.0) -> fc.LatencyTable:
+    """A table with these milliseconds."""
+    layers = len(single)
+    patterns = make_patterns(layers, 2**layers)
+    near = patterns[:, :-1] & patterns[:, 1:]
+    ratios = 1 + (patterns @ np.array(single) + near @ np.array(pair)) / float_ms
+    names = names or tuple(f"layer{i}" for i in range(layers))
+    spread = np.zeros(len(ratios))
+    return fc.LatencyTable(names, 8, 8, float_ms, patterns, ratios, spread, "made up")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_of_layers_against_brute_force(seed) -> None:
+    rng = np.random.default_rng(seed)
+    layers = 1 + seed % 7
+    single, pair = rng.integers(-9, 9, layers), rng.integers(-9, 9, layers - 1)
+    value = rng.integers(0, 9, (layers, 2)).astype(float)
+    value[rng.random((layers, 2)) < 0.1] = np.inf
+    every = make_patterns(layers, 2**layers)
+    times = 30 + every @ single + (every[:, :-1] & every[:, 1:]) @ pair
+    values = value[np.arange(layers), every.astype(int)].sum(axis=1)
+    for limit in range(-10, 60, 3):
+        found = choose_integer_layers(30, single, pair, value, limit)
+        within = (times <= limit) & np.isfinite(values)
+        assert found.proven
+        if not within.any():
+            assert not len(found.integer)
+            continue
+        at = np.flatnonzero((every == found.integer).all(axis=1))[0]
+        assert times[at] == found.nanoseconds <= limit
+        assert values[at] == values[within].min()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_meet_the_budget_and_none_is_better(seed) -> None:
+    rng = np.random.default_rng(seed)
+    sensitivity = make_table(layers=4, seed=seed)
+    table = table_of(rng.uniform(-1, 0.5, 4), rng.uniform(-1, 0.5, 3))
+    method = fc.methods.Optimal("rounded", 1, gap=0.0)
+    for size in (None, sensitivity.overhead_bytes + 4 * 75):
+        budget = fc.Budget(size=size, latency="80%")
+        plan = fc.search(sensitivity, budget, method=method, latency=table)
+        assert table.predict(plan) <= 0.8 * table.float_ms
+        assert plan.details["latency_ms"] == pytest.approx(table.predict(plan), 1e-5)
+        assert plan.status == "OPTIMAL"
+        best = np.inf
+        choices = list(itertools.product(range(2), range(3)))
+        weights = sensitivity.distortion[:, :, 0]
+        inputs = sensitivity.activation_distortion
+        for cells in itertools.product(choices, repeat=4):
+            levels = {
+                f"layer{i}": fc.Level(
+                    sensitivity.grids[g], 0, (10, 10), activation_bits=(None, 8, 4)[a]
+                )
+                for i, (g, a) in enumerate(cells)
+            }
+            bits = sum(int(sensitivity.size_bits[i, g, 0]) for i, (g, _) in
+                       enumerate(cells))  # fmt: skip
+            if size is not None and bits > 8 * (size - sensitivity.overhead_bytes):
+                continue
+            if table.predict(fc.Plan(levels)) <= 0.8 * table.float_ms:
+                value = sum(weights[i, g] + inputs[i, a]
+                            for i, (g, a) in enumerate(cells))  # fmt: skip
+                best = min(best, value)
+        assert plan.distortion == pytest.approx(best)
+
+
+def test_integers_go_where_they_pay() -> None:
+    sensitivity = make_table(layers=3)
+    table = table_of([1.0, 0.5, -1.0], [-3.0, 0.5])  # layers 0 and 1 pay together
+    free = fc.search(sensitivity, fc.Budget(latency=4), latency=table)
+    assert all(level.activation_bits is None for level in free.levels.values())
+    one = fc.search(sensitivity, fc.Budget(latency="3ms"), latency=table)
+    integer = [name for name, level in one.levels.items() if level.activation_bits]
+    assert integer in (["layer2"], ["layer0", "layer1"])
+    both = fc.search(sensitivity, fc.Budget(latency_ms=2.1), latency=table)
+    assert all(level.activation_bits == 8 for level in both.levels.values())
+    assert all(level.grid.bits <= 8 for level in both.levels.values())
+    assert both.details["integer_layers"] == 3
+    with pytest.raises(
+        BudgetInfeasibleError, match=r"at least 2000000 ns.*faster together"
+    ) as info:
+        fc.search(sensitivity, fc.Budget(latency="1ms"), latency=table)
+    assert info.value.smallest == 2_000_000
+
+
+def test_levels_that_were_not_measured_are_not_chosen() -> None:
+    wide = (fc.Grid(bits=16), fc.Grid(bits=8))
+    bits = np.tile([16, 8], (2, 1))
+    sensitivity = make_table(2, inputs=(None, 16, 8), grids=2)
+    sensitivity = dataclasses.replace(sensitivity, grids=wide, weight_bits=bits)
+    table = table_of([-1.0, 0.5], [0.0])
+    plan = fc.search(sensitivity, fc.Budget(latency="3ms"), latency=table)
+    assert plan.levels["layer0"].activation_bits == 8
+    assert plan.levels["layer0"].grid.bits == 8
+    assert plan.levels["layer1"].activation_bits is None
+    size = fc.Budget(size="90%", latency="3ms")
+    assert fc.search(sensitivity, size, latency=table).status == "FEASIBLE"
+
+
+def test_searches_that_cannot_be() -> None:
+    sensitivity, table = make_table(layers=2), table_of([-1.0, -1.0], [0.0])
+    budget = fc.Budget(latency="3ms")
+    plain = make_table(layers=2, inputs=(None,))
+    with pytest.raises(OptionError, match=r"no level that runs.*activation_bits=\(8,"):
+        fc.search(plain, budget, latency=table)
+    grouped = fc.Budget(latency="3ms", groups=(("layer0", "layer1"),))
+    with pytest.raises(OptionError, match="groups cannot"):
+        fc.search(sensitivity, grouped, latency=table)
+    other = table_of([-1.0, -1.0], [0.0], names=("a", "b"))
+    with pytest.raises(PlanMismatchError, match="the sensitivity lacks"):
+        fc.search(sensitivity, budget, latency=other)
+    with pytest.raises(OptionError, match="no effect"):
+        fc.search(sensitivity, fc.Budget(size="50%"), latency=table)
+    with pytest.raises(BudgetError, match="refers to that of the float network"):
+        fc.search(sensitivity, fc.Budget(latency="50%"), latency=np.ones((2, 2)))
+    rules = (fc.Rule("layer1", min_bits=8),)
+    both = fc.Budget(latency="2ms", bops="90%", rules=rules)
+    plan = fc.search(sensitivity, both, latency=table)
+    assert plan.levels["layer1"].grid.bits == 8
+    assert plan.status == "FEASIBLE"
+
+
+@pytest.mark.parametrize(
+    ("bound", "nanoseconds"),
+    [("4ms", 4_000_000), ("0.7 ms", 700_000), ("300us", 300_000), ("2s", 2 * 10**9),
+     (4, 4_000_000), (0.7, 700_000), ("50%", 1_000_000), ("3", 3_000_000)],
+)  # fmt: skip
+def test_bounds_on_the_latency(bound, nanoseconds) -> None:
+    assert fc.Budget(latency=bound).latency_ns(2.0) == nanoseconds
+    assert fc.Budget(latency=bound).costs == ("latency",)
+
+
+@pytest.mark.parametrize("bound", ["", "0ms", "-1ms", "fast", "5MB", True, 0, [4]])
+def test_what_is_no_bound_on_the_latency(bound) -> None:
+    with pytest.raises(BudgetError, match="bound on the latency cannot be understood"):
+        fc.Budget(latency=bound)
+    with pytest.raises(BudgetError, match="bounded twice"):
+        fc.Budget(latency=1, latency_ms=1)
+
+
+def test_bounds_describe_themselves() -> None:
+    assert str(fc.Budget(latency="50%")) == "latency ≤ 50%"
+    assert str(fc.Budget(size=9, latency=4)) == "size ≤ 9 and latency ≤ 4 ms"
+
+
+def test_a_check_says_predicted_and_measured(net) -> None:
+    table = measured(net)
+    plan = plan_of(net, ("conv", "deep"), bits=4, inputs=6)
+    check = table.check(net, X, FakeTarget(), plan=plan)
+    assert check.predicted_ms == pytest.approx(3.5)
+    assert check.measured_ms == pytest.approx(3.5)
+    assert "predicted 3.5 ms ⇒ measured 3.5 ms (+0.0 %)" in str(check)
+    slow = table.check(net, X, FakeTarget(slower=2.0), plan=plan)
+    assert slow.error == pytest.approx(-0.5)
+
+
+def test_a_compressed_model_is_checked_as_it_is(net, loader) -> None:
+    table, target = measured(net), FakeTarget()
+    small = fc.apply(net, plan_of(net, ("head",)), calibrate=loader, progress=False)
+    assert table.check(small, X, target).predicted_ms == pytest.approx(3.6)
+    assert target.timed == [("head",)]
+
+
+def test_checks_that_cannot_be(net) -> None:
+    table, plan = measured(net), plan_of(net, ("conv",))
+    with pytest.raises(OptionError, match="measured on something else"):
+        table.check(net, X, FakeTarget("another"), plan=plan)
+    with pytest.raises(PlanMismatchError, match="not compressed"):
+        table.check(net, X, FakeTarget())
+    wide = plan_of(net, ("conv",), bits=16)
+    with pytest.raises(OptionError, match="'conv' was not measured at its level"):
+        table.check(net, X, FakeTarget(), plan=wide)
+    with pytest.raises(PlanMismatchError, match="the plan lacks"):
+        table.predict(fc.Plan({"conv": plan.levels["conv"]}))
+
+
+def test_measurements_that_cannot_be(net) -> None:
+    for options in (
+        {"weight_bits": 5},
+        {"activation_bits": 1},
+        {"networks": 1},
+    ):
+        with pytest.raises(OptionError):
+            measured(net, **options)
+    with pytest.raises(DataError, match="does not run"):
+        fc.measure_latency(net, torch.zeros(2, 3), FakeTarget(), progress=False)
+    with pytest.raises(OptionError, match="calls no layer"):
+        fc.measure_latency(
+            nn.Embedding(9, 4), torch.zeros(2, 3).long(), FakeTarget(), progress=False
+        )
+
+
+class Tokens(nn.Module):
+    """An embedding, a layer that is never called, and two in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.unused = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 3)
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.embed(ids)).relu())
+
+
+def test_layers_stand_in_the_order_in_which_they_run() -> None:
+    class Target(FakeTarget):
+        def milliseconds(self, layers):
+            ms = 4 - ("first" in layers) - len(layers)
+            return Timing.of([(ms, 4.0)])
+
+    ids = torch.zeros(2, 3).long()
+    table = fc.measure_latency(Tokens(), ids, Target(), progress=False)
+    assert table.names == ("first", "second")
+    np.testing.assert_allclose(table.single_ms, [-2, -1], atol=1e-9)
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    real = fc.OnnxRuntimeTarget(turns=1, shortest_ms=0, batch=3)
+    assert len(fc.measure_latency(Tokens(), ids, real, progress=False).ratios) == 4
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code, "{onnx}", "{batch}"]
+
+
+def test_a_command_prints_milliseconds(tmp_path) -> None:
+    path = tmp_path / "a; b $(c).onnx"
+    path.write_bytes(b"12345")
+    code = "import os, sys; print('hello'); print(os.path.getsize(sys.argv[1]), 'ms')"
+    target = fc.CommandTarget(python(code), turns=2)
+    assert target.milliseconds_of(path) == 5
+    other = tmp_path / "other"
+    other.write_bytes(b"1234567890")
+    timing = target.time_files(path, other, X)
+    assert (timing.ms, timing.reference_ms, timing.ratio) == (5, 10, 0.5)
+    assert "batch 1" in target.fingerprint
+    batch = fc.CommandTarget(python("import sys; print(sys.argv[2])"), batch=7)
+    assert batch.milliseconds_of(path) == 7
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import time; time.sleep(60)", r"took too long.*more than 0\.3 seconds"),
+        # it ends, and leaves something behind that never closes its output
+        (
+            "import subprocess, sys; "
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+            r"took too long",
+        ),
+        ("import sys; sys.exit('broken board')", "exit code 1.*broken board"),
+        ("print('fast')", "printed no milliseconds.*fast"),
+        ("print(0)", "printed no milliseconds"),
+        ("print('nan')", "printed no milliseconds"),
+        ("print('1e999')", "printed no milliseconds"),
+        ("print('-4')", "printed no milliseconds"),
+        ("pass", "printed no milliseconds"),
+    ],
+)
+def test_commands_that_fail(code, message, tmp_path) -> None:
+    timeout = 0.3 if "sleep" in code else 60
+    target = fc.CommandTarget(python(code), timeout=timeout)
+    with pytest.raises(LatencyError, match=message):
+        target.milliseconds_of(tmp_path / "net.onnx")
+
+
+def test_a_command_that_is_not_there(tmp_path) -> None:
+    target = fc.CommandTarget("no-such-program-anywhere {onnx}")
+    with pytest.raises(LatencyError, match=r"cannot be started.*No such file"):
+        target.milliseconds_of(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"command": "time_it"},
+        {"command": "{onnx}"},
+        {"command": ""},
+        {"command": "time_it '{onnx}"},
+        {"command": ["time_it", 5]},
+        {"command": "time_it {onnx}", "timeout": 0},
+        {"command": "time_it {onnx}", "turns": 0},
+    ],
+)
+def test_what_is_no_command(options) -> None:
+    with pytest.raises(OptionError):
+        fc.CommandTarget(**options)
+
+
+def width(channels: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, channels), nn.ReLU(), nn.Linear(channels, 10)
+    ).eval()
+
+
+def test_onnx_runtime_tells_large_from_small() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    target = fc.OnnxRuntimeTarget(turns=3, shortest_ms=1)
+    x, found = torch.zeros(1, 64), {}
+    for channels in (64, 20_000):
+        table = fc.measure_latency(width(channels), x, target, progress=False)
+        found[channels] = table.float_ms
+        assert len(table.ratios) == 4
+        assert (table.ratios > 0).all()
+        assert "onnxruntime" in table.target
+    assert found[20_000] > 3 * found[64]
+    plan = fc.Plan(
+        {
+            name: fc.Level(fc.Grid(bits=8), 0.0, shape, activation_bits=8)
+            for name, shape in (("0", (64, 64)), ("2", (10, 64)))
+        }
+    )
+    table = fc.measure_latency(width(64), x, target, progress=False)
+    check = table.check(width(64), x, target, plan=plan)
+    assert check.predicted_ms > 0
+    assert check.measured_ms > 0
+
+
+def test_options_of_the_runtime() -> None:
+    for options in ({"threads": 0}, {"batch": 1.5}, {"turns": 0}, {"shortest_ms": -1}):
+        with pytest.raises(OptionError):
+            fc.OnnxRuntimeTarget(**options)
+
+
+def test_a_file_that_is_no_network(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"nothing")
+    with pytest.raises(LatencyError, match="does not run the network"):
+        fc.OnnxRuntimeTarget().time_files(path, path, X)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys, sensitivity) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_width.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))\n"
+    )
+    (tmp_path / "clock.py").write_text("print(1.5)\n")
+
+    def run(*arguments) -> int:
+        monkeypatch.setattr(sys, "argv", ["fitcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0
+
+    clock = f"{sys.executable} clock.py {{onnx}}"
+    model = ("--model", "tiny_width:build", "--shape", 6)
+    assert run("measure-latency", *model, "--command", clock, "--json", "l.json") == 0
+    assert "float 1.5 ms" in capsys.readouterr().out
+    table = fc.LatencyTable.load("latency.json")
+    assert json.loads((tmp_path / "l.json").read_text()) == table.to_dict()
+    sensitivities = make_table(layers=2, names=("0", "2"))
+    sensitivities.save("s")
+    options = ("--latency", "100%", "--latency-table", "latency.json")
+    assert run("search", "s", *options, "--json", "p.json") == 0
+    assert "predicted latency 1.5 ms with 0 integer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "p.json").read_text())["latency_ms"] == 1.5
+    assert run("search", "s", "--latency", "1ms") == 2
+    assert "go together" in capsys.readouterr().err
+    assert run("search", "s", "--latency", "10%", *options[2:]) == 1
+    assert "no plan meets the budget" in capsys.readouterr().err

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "storage/bit_stream.h"
 #include "storage/blocks.h"
@@ -120,14 +121,16 @@ void emit(const Code* codes, std::int64_t start, std::int64_t count, const Weigh
 void decode_block(const StaticLayout& layout, const DecodingTable& table, const std::uint8_t* bytes,
                   std::size_t size, std::int64_t start, std::int64_t count, std::int32_t largest,
                   int states, const WeightSink& sink) {
-  std::unique_ptr<std::int8_t[]> symbols(new std::int8_t[count + kLongestSequence]);
+  // Kept from block to block: to map and unmap it each time would hold the other threads up.
+  thread_local std::vector<std::int8_t> symbols;
+  symbols.resize(static_cast<std::size_t>(kBlock) + kLongestSequence);
   const std::uint8_t* const end = bytes + size;
   const auto decode = states == 1 ? decode_symbols<1> : decode_symbols<kMostStates>;
   const std::uint8_t* p =
-      decode(table, layout.bits(), bytes, end, layout.shares.symbols[0], symbols.get(), count);
+      decode(table, layout.bits(), bytes, end, layout.shares.symbols[0], symbols.data(), count);
   if (!layout.kind.has_extra_bits()) {
     if (p != end) fail("bytes follow the end of a block");
-    emit(symbols.get(), start, count, sink);
+    emit(symbols.data(), start, count, sink);
     return;
   }
   std::unique_ptr<std::int32_t[]> codes(new std::int32_t[count]);

@@ -90,7 +90,7 @@ def speeds(codes: Codes, turns: int) -> dict[str, float]:
 
 
 def two_threads(codes: Codes, turns: int) -> float:
-    """Return elapsed time of one thread over that of two, decoding four such matrices."""
+    """Return elapsed time of one thread over that of two, for four such matrices."""
     many = np.tile(codes, (4, 1))
     scales = np.full(len(many), 0.01, np.float32)
     data = _core.encode(many, coding="static", threads=2)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from dying_batches import dying
 from fitcompress.data import Batches, load_dataset
 from fitcompress.errors import (
     BudgetInfeasibleError,
@@ -79,20 +80,7 @@ def make_loader(count: int = 96, seed: int = 5) -> Batches:
 
 
 def dying_loader(last: int) -> Batches:
-    """A loader that is interrupted instead of yielding batch number ``last``."""
-
-    class DyingLoader(Batches):
-        calls = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.calls += 1
-                if self.calls == last:
-                    raise KeyboardInterrupt
-                yield batch
-
-    whole = make_loader()
-    return DyingLoader(whole.inputs, whole.targets, batch_size=16, shuffle=True, seed=1)
+    return dying(make_loader(), last)
 
 
 OPTIONS = {"epochs": 3, "threshold_rate": 0.05, "prune_groups": {"3": 4, "5": 2}}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from dying_batches import dying
 from fitcompress.data import Batches
 from fitcompress.errors import (
     DataError,
@@ -50,19 +51,7 @@ def make_loader(count: int = 512) -> Batches:
 
 
 def dying_loader(last: int) -> Batches:
-    """A loader that is interrupted instead of yielding batch number ``last``."""
-
-    class DyingLoader(Batches):
-        calls = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.calls += 1
-                if self.calls == last:
-                    raise KeyboardInterrupt
-                yield batch
-
-    return DyingLoader(make_loader().inputs, batch_size=32, shuffle=True, seed=1)
+    return dying(make_loader(), last)
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +220,11 @@ def test_weights_in_16_bits_train_too(dtype, norms, tmp_path, monkeypatch) -> No
     assert {p.dtype for p in small.parameters()} == {dtype}
     # and a run that was killed ends the same
     monkeypatch.setattr(finetuning, "SAVE_EVERY", 0.0)
-    dying = dying_loader(20)
-    dying.inputs = x
+    interrupted = dying_loader(20)
+    interrupted.inputs = x
     file = tmp_path / "partial"
     with pytest.raises(KeyboardInterrupt):
-        fc.finetune(start, dying, checkpoint=file, **options)
+        fc.finetune(start, interrupted, checkpoint=file, **options)
     fc.finetune(start, loader, checkpoint=file, **options)
     assert packed_bytes(start) == packed_bytes(small)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fitcompress as fc
 from conftest import build_tiny_net
+from dying_batches import dying
 from fitcompress.cli.entry import app
 from fitcompress.data import Batches, load_dataset
 from fitcompress.errors import DataError, EmptyLoaderError, NonFiniteError, OptionError
@@ -310,25 +311,13 @@ def test_a_killed_run_resumes_to_the_same_model(
     images, tmp_path, monkeypatch, last
 ) -> None:
     """Of 18 steps, the first three with codes frozen, step 5 or 16 is interrupted."""
-
-    class DyingLoader(Batches):
-        calls = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.calls += 1
-                if self.calls == last:
-                    raise KeyboardInterrupt
-                yield batch
-
     net, options = dropout_net(), {"epochs": 6}
     loader = Batches(images, batch_size=32, shuffle=True)
     whole = run(net, loader, **options)
     file = tmp_path / "partial"
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        dying = DyingLoader(images, batch_size=32, shuffle=True)
-        run(net, dying, checkpoint=file, **options)
+        run(net, dying(loader, last), checkpoint=file, **options)
     assert file.exists()
     resumed = run(net, loader, checkpoint=file, **options)
     assert not file.exists()

@@ -18,7 +18,6 @@ from fitcompress.data.batches import digest, split_batch, take
 from fitcompress.errors import (
     BudgetExceededError,
     DataError,
-    NonFiniteError,
     OptionError,
 )
 from fitcompress.files import check_writable
@@ -40,7 +39,7 @@ from fitcompress.threads import FIXED, threads
 from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.evaluation import divergence
-from fitcompress.train.loop import count_batches, one_pass, run_steps
+from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
 from fitcompress.train.rate_control import RateControl
 from fitcompress.train.training_state import TrainingState
@@ -338,13 +337,7 @@ class _Trainer:
             self.rate.adjust(min(1.0, share / RAMP))
         x, y = split_batch(batch)
         loss = self._loss(x.to(self.device), to_device(y, self.device))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                "the training loss is not finite",
-                got=f"{value} at step {step}",
-                fix="lower the learning rate, or look for NaN in the data",
-            )
+        value = finite_value(loss, step)
         self._update(loss)
         return value
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from fitcompress.errors import EmptyLoaderError
+from fitcompress.errors import EmptyLoaderError, NonFiniteError
 from fitcompress.progress import Bar
 from fitcompress.train.evaluation import length_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import torch
+
     from fitcompress.train.training_state import TrainingState
 
-__all__ = ["count_batches", "one_pass", "run_steps"]
+__all__ = ["count_batches", "finite_value", "one_pass", "run_steps"]
 
 
 def count_batches(loader: Iterable[Any]) -> int:
@@ -28,6 +31,22 @@ def count_batches(loader: Iterable[Any]) -> int:
     if not batches:
         raise EmptyLoaderError("the loader yields no batch", wanted="training data")
     return batches
+
+
+def finite_value(loss: torch.Tensor, step: int) -> float:
+    """Return the loss of a step as a number.
+
+    Raises:
+        NonFiniteError: It is NaN or infinite.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            "the training loss is not finite",
+            got=f"{value} at step {step}",
+            fix="lower the learning rate, or look for NaN in the data",
+        )
+    return value
 
 
 def one_pass(loader: Iterable[Any], epoch: int) -> Iterable[Any]:

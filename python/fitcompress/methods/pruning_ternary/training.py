@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fitcompress.data.batches import digest, split_batch, take
-from fitcompress.errors import NonFiniteError
 from fitcompress.methods.pruning_ternary.schedule import ZeroSchedule, next_mask
 from fitcompress.methods.pruning_ternary.ternary import (
     TernaryWeight,
@@ -25,7 +24,7 @@ from fitcompress.search.plan import Level
 from fitcompress.sensitivity.table import Grid
 from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.distillation import distillation_loss
-from fitcompress.train.loop import count_batches, one_pass, run_steps
+from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
 from fitcompress.train.training_state import TrainingState
 
@@ -185,13 +184,7 @@ class TernaryTraining:
         self._update_masks(step)
         x, y = split_batch(batch)
         loss = self._loss(x.to(self.device), to_device(y, self.device))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                "the training loss is not finite",
-                got=f"{value} at step {step}",
-                fix="lower the learning rate, or look for NaN in the data",
-            )
+        value = finite_value(loss, step)
         self.optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:  # with frozen codes there may be nothing else to train
             loss.backward()  # type: ignore[no-untyped-call]

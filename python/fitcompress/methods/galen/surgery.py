@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +42,8 @@ def prune_channels(
     Args:
         model: The dense network; unchanged.
         kept: Name of a module → ``"out"`` and ``"in"`` → indices of the output and
-            input channels that stay, rising; a side that is not named stays whole. Norms
-            and depthwise convolutions have ``"out"`` only. ``Galen`` leaves it in
+            input channels that stay, rising; a side that is not named stays whole.
+            Norms and depthwise convolutions have ``"out"`` only. ``Galen`` leaves it in
             ``plan.details["kept_channels"]``.
 
     Raises:
@@ -119,7 +120,7 @@ def _width(module: Any, side: str) -> int:
 
 def _checked(name: str, width: int, indices: Sequence[int]) -> torch.Tensor:
     found = [int(i) for i in indices]
-    if not found or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    if not found or any(a >= b for a, b in itertools.pairwise(found)):
         raise OptionError(
             f"channels of {name!r}",
             got=f"{found[:8]} …" if len(found) > 8 else found,

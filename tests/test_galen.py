@@ -27,9 +27,6 @@ from fitcompress.train.supervised import train
 from fitcompress.zoo import DigitsNet
 from galen_nets import OPTIONS, FakeTarget, X, make_loader, make_net, run
 
-for package in ("torch_pruning", "gymnasium", "stable_baselines3"):
-    pytest.importorskip(package)
-
 
 @pytest.fixture(scope="module")
 def searched() -> tuple[fc.Plan, nn.Module]:

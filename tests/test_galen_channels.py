@@ -19,8 +19,6 @@ from fitcompress.methods.galen.reconstruction import Reconstruction
 from fitcompress.methods.galen.surgery import is_depthwise
 from fitcompress.zoo import CifarResNet
 
-pytest.importorskip("torch_pruning")
-
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 

@@ -56,6 +56,9 @@ class IntegersName(str, Enum):
     mixed = "mixed"
 
 
+AGENT, INTEGERS = AGENT, IntegersName(USUAL.integers)
+
+
 @run_app.command("galen")
 def galen(
     model: ModelOption,
@@ -66,7 +69,7 @@ def galen(
     ] = USUAL.target,
     agent: Annotated[
         AgentName, typer.Option(help="What the agent decides on.")
-    ] = AgentName(USUAL.agent),
+    ] = AGENT,
     episodes: Annotated[
         int, typer.Option(min=1, help="Networks to make, retrain and time.")
     ] = USUAL.episodes,
@@ -98,7 +101,7 @@ def galen(
     ] = USUAL.one_sided,
     integers: Annotated[
         IntegersName, typer.Option(help="Widths that the target is fast at.")
-    ] = IntegersName(USUAL.integers),
+    ] = INTEGERS,
     round_to: Annotated[
         int, typer.Option(min=1, help="Keep channels in multiples of this.")
     ] = USUAL.round_to,

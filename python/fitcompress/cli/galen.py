@@ -56,7 +56,7 @@ class IntegersName(str, Enum):
     mixed = "mixed"
 
 
-AGENT, INTEGERS = AGENT, IntegersName(USUAL.integers)
+AGENT, INTEGERS = AgentName(USUAL.agent), IntegersName(USUAL.integers)
 
 
 @run_app.command("galen")

@@ -48,14 +48,15 @@ def check_input(model: nn.Module, example: object) -> None:
             got=type(example).__name__,
             wanted="a tensor with its batch dimension",
         )
-    check_finite(model)
-    for layer in compressible_layers(model):
-        if grid_of(layer.module) is not None:
+    for name, module in model.named_modules():
+        if grid_of(module) is not None:
             raise OptionError(
-                f"the weight of {layer.name!r} is on a grid already",
+                f"the weight of {name!r} is on a grid already",
                 wanted="a dense model",
                 fix="pass the network from before compression",
             )
+    check_finite(model)
+    for layer in compressible_layers(model):
         if layer.weight.dtype != torch.float32:
             raise OptionError(
                 f"the weight of {layer.name!r} cannot be trained",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fitcompress.compensate.activations import quantize_activations
 from fitcompress.methods.galen.channels import kept_channels, strongest
+from fitcompress.methods.galen.ranges import quantize_inputs_
 from fitcompress.methods.galen.result import finish_
 from fitcompress.methods.galen.retraining import estimate_all_norms_, retrain_
 from fitcompress.methods.galen.reward import reward
@@ -103,7 +103,7 @@ class Builder:
                 latent = layer.weight.detach().clone()
                 attach_grid(layer.module, grid.to(latent.device), latent)
         inputs = {name: number for name, _, number in policy.bits}
-        quantize_activations(small, inputs, self.calibration)
+        quantize_inputs_(small, inputs, self.calibration)
         for parameter in small.parameters():
             parameter.requires_grad_(True)
         return small

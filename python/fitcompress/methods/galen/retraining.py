@@ -9,7 +9,7 @@ import torch
 
 from fitcompress.data.batches import take
 from fitcompress.model.forward import call_model
-from fitcompress.quantize import activations
+from fitcompress.quantize.activations import activations
 from fitcompress.quantize.leftovers import FOLDABLE
 from fitcompress.train.devices import device_of
 from fitcompress.train.distillation import distillation_loss

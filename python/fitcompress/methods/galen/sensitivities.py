@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fitcompress.methods.galen.channels import strongest, without_channels
+from fitcompress.methods.galen.ranges import Ranges
 from fitcompress.model import compressible_layers
 from fitcompress.progress import Bar
 from fitcompress.quantize import (
     ActivationQuantizer,
-    MSEObserver,
     WeightGrid,
     attach_activation,
     detach_activation,
@@ -86,7 +86,7 @@ def measure_sensitivities(
     probe = _Probe(model, walk, batches)
     count = len(walk.layers)
     found = {kind: np.zeros((count, 10)) for kind in ("channels", "weights", "inputs")}
-    ranges = probe.observers() if quantizes else {}
+    ranges = Ranges(model, walk.layers if quantizes else (), batches)
     with Bar("sensitivities", count, enabled=progress) as bar:
         for number, name in enumerate(walk.layers):
             if prunes and name in walk.leads:
@@ -95,9 +95,8 @@ def measure_sensitivities(
                 ]
             if quantizes:
                 found["weights"][number] = [probe.rounded(name, b) for b in BITS]
-                observer = ranges[name]
                 found["inputs"][number] = [
-                    probe.with_input(name, b, observer) for b in BITS
+                    probe.with_input(name, b, ranges) for b in BITS
                 ]
             bar.advance(note=name)
     return Sensitivities(**found)
@@ -135,24 +134,9 @@ class _Probe:
         with _weight(layer, codes * scale.to(rows.device).reshape(-1, 1)):
             return self.divergence(self.model)
 
-    def observers(self) -> dict[str, MSEObserver]:
-        """Return what the inputs of all layers are, from one pass."""
-        found = {}
-        for name in self.walk.layers:
-            found[name] = MSEObserver()
-            module = self.model.get_submodule(name)
-            attach_activation(module, ActivationQuantizer(8, found[name]))
-        try:
-            for x in self.batches:
-                self.model(x)
-        finally:
-            for name in self.walk.layers:
-                detach_activation(self.model.get_submodule(name))
-        return found
-
-    def with_input(self, name: str, bits: int, observer: MSEObserver) -> float:
+    def with_input(self, name: str, bits: int, ranges: Ranges) -> float:
         quantizer = ActivationQuantizer(bits)
-        quantizer.set_range(observer.range(bits, symmetric=False))
+        quantizer.set_range(ranges.of(name, bits))
         module = self.model.get_submodule(name)
         attach_activation(module, quantizer)
         try:

@@ -87,6 +87,9 @@ def galen(
             min=1, help="Inputs of the retraining in an episode; default: a whole pass."
         ),
     ] = USUAL.retrain_samples,
+    sensitivity_samples: Annotated[
+        int, typer.Option(min=1, help="Inputs for what the agent sees of the layers.")
+    ] = USUAL.sensitivity_samples,
     epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the training data in the end.")
     ] = USUAL.finetune_epochs,
@@ -139,6 +142,7 @@ def galen(
         episodes=episodes,
         warm_up=warm_up,
         retrain_samples=retrain_samples,
+        sensitivity_samples=sensitivity_samples,
         finetune_epochs=epochs,
         learning_rate=lr,
         one_sided=one_sided,

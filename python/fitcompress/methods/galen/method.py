@@ -116,7 +116,7 @@ class Galen:
     round_to: int = 8
     most_bits: int = 8
     reconstruct: bool = True
-    calibration_samples: int = 512
+    calibration_samples: int = 256
     sensitivity_samples: int = 256
 
     def __post_init__(self) -> None:

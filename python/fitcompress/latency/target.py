@@ -28,7 +28,8 @@ class LatencySession(Protocol):
     def milliseconds(self, layers: Collection[str]) -> Timing:
         """Time the network with quantized inputs of these layers only.
 
-        The network with float inputs everywhere is timed in the same turns.
+        The reference is timed in the same turns: another network if one was named, else
+        this one with float inputs everywhere.
         """
         ...
 
@@ -42,7 +43,12 @@ class LatencyTarget(Protocol):
         ...
 
     def open(
-        self, model: nn.Module, example_input: Any, *, weight_bits: int
+        self,
+        model: nn.Module,
+        example_input: Any,
+        *,
+        weight_bits: int,
+        reference: LatencySession | None = None,
     ) -> contextlib.AbstractContextManager[LatencySession]:
         """Get ready to time a network.
 
@@ -50,6 +56,9 @@ class LatencyTarget(Protocol):
             model: Compressed, with calibrated input quantizers.
             example_input: A tensor, a tuple of arguments or a dict of named ones.
             weight_bits: 2, 4, 8 or 16: integers that weights are stored in, at least.
+            reference: An open session of this target, whose network in float is to be
+                the reference; None: this network in float. Only networks that lose
+                channels need it, so targets that never time any may go without.
         """
         ...
 
@@ -73,7 +82,7 @@ class OnnxTarget(ABC):
 
         Args:
             path: The file of interest.
-            reference: The same network in float.
+            reference: The same network in float, or another one to compare with.
             example: Arguments for them, batch of any size.
 
         Raises:
@@ -82,30 +91,53 @@ class OnnxTarget(ABC):
 
     @contextlib.contextmanager
     def open(
-        self, model: nn.Module, example_input: Any, *, weight_bits: int = 8
+        self,
+        model: nn.Module,
+        example_input: Any,
+        *,
+        weight_bits: int = 8,
+        reference: LatencySession | None = None,
     ) -> Iterator[LatencySession]:
         """Trace a network once, for any number of files.
 
         Raises:
             FitcompressError: As ``export_onnx`` raises them.
+            OptionError: ``reference`` is no session of a target for ONNX files.
         """
+        if reference is not None and not isinstance(reference, _Session):
+            raise OptionError(
+                "the reference cannot be timed here",
+                got=type(reference).__name__,
+                wanted="a session that open of this target gave",
+            )
         options = ExportOptions(min_bits=weight_bits, fold_weights=True)
         variants = Variants(model, example_input, options)
         with tempfile.TemporaryDirectory(prefix="fitcompress-") as folder:
-            reference = Path(folder) / "float.onnx"
-            reference.write_bytes(variants.onnx_bytes(()))
+            own = Path(folder) / "float.onnx"
+            if reference is None:
+                own.write_bytes(variants.onnx_bytes(()))
+            float_file = own if reference is None else reference.float_file
 
             def time(layers: Collection[str]) -> Timing:
                 path = Path(folder) / "network.onnx"
                 path.write_bytes(variants.onnx_bytes(layers))
-                return self.time_files(path, reference, example_input)
+                return self.time_files(path, float_file, example_input)
 
-            yield _Session(time)
+            yield _Session(time, float_file)
 
 
 class _Session:
-    def __init__(self, time: Callable[[Collection[str]], Timing]) -> None:
-        self._time = time
+    """What ``OnnxTarget.open`` gives.
+
+    Args:
+        time: Names of layers → their timing.
+        float_file: The reference; there until the session is closed.
+    """
+
+    def __init__(
+        self, time: Callable[[Collection[str]], Timing], float_file: Path
+    ) -> None:
+        self._time, self.float_file = time, float_file
 
     def milliseconds(self, layers: Collection[str]) -> Timing:
         """Time the network with quantized inputs of these layers only."""

@@ -1,10 +1,11 @@
 """Ways to choose a plan, for ``search(…, method=…)``, and to train a compressed model.
 
 ``Greedy``, ``Lagrangian``, ``Optimal``, ``PathSearch`` and ``Uniform`` choose levels.
-``BitSharing`` and ``PruningTernary`` train: see their ``run``.
+``BitSharing``, ``Galen`` and ``PruningTernary`` train: see their ``run``.
 """
 
 from fitcompress.methods.bit_sharing import BitSharing
+from fitcompress.methods.galen import Galen, prune_channels
 from fitcompress.methods.pruning_ternary import PruningTernary
 from fitcompress.search.lagrangian import Lagrangian
 from fitcompress.search.optimal import Optimal
@@ -13,10 +14,12 @@ from fitcompress.search.simple_methods import Greedy, Uniform
 
 __all__ = [
     "BitSharing",
+    "Galen",
     "Greedy",
     "Lagrangian",
     "Optimal",
     "PathSearch",
     "PruningTernary",
     "Uniform",
+    "prune_channels",
 ]

@@ -60,7 +60,13 @@ class OnnxTarget(ABC):
     They are those of ``export_onnx(…, fold_weights=True, min_bits=weight_bits)``:
     weights are integers where inputs are quantized, and floats elsewhere, where integer
     weights gain no time (docs/deployment.md).
+
+    Attributes:
+        integer_sums: Write files as with ``integer_sums`` of ``export_onnx``, their
+            ranges those of the example input, which do not change latencies.
     """
+
+    integer_sums: bool = False
 
     @property
     @abstractmethod
@@ -89,7 +95,11 @@ class OnnxTarget(ABC):
         Raises:
             FitcompressError: As ``export_onnx`` raises them.
         """
-        options = ExportOptions(min_bits=weight_bits, fold_weights=True)
+        options = ExportOptions(
+            min_bits=weight_bits,
+            fold_weights=True,
+            integer_sums=[example_input] if self.integer_sums else None,
+        )
         variants = Variants(model, example_input, options)
         with tempfile.TemporaryDirectory(prefix="fitcompress-") as folder:
             reference = Path(folder) / "float.onnx"

@@ -2,12 +2,13 @@
 
     python benchmarks/deployment.py --data DIR --weights FILE
 
-ResNet-20 on CIFAR-10, five plans, one of them with sums in integers as well. For each: the size of the packed file and of the
-ONNX file, and on how many of all test images ONNX Runtime and PyTorch name the same
-class. Then milliseconds per call on one thread at batch 1 and 64, in turns, of PyTorch
-in float, of ONNX Runtime in float, and of the exported files, "folded" with weights
-made float when the session starts (``session.disable_quant_qdq``). The same for two
-untrained networks without shortcuts: five wide convolutions, three linear layers.
+ResNet-20 on CIFAR-10, five plans, one of them with sums in integers as well. For each:
+the size of the packed file and of the ONNX file, and on how many of all test images
+ONNX Runtime and PyTorch name the same class. Then milliseconds per call on one thread
+at batch 1 and 64, in turns, of PyTorch in float, of ONNX Runtime in float, and of the
+exported files, "folded" with weights made float when the session starts
+(``session.disable_quant_qdq``). The same for two untrained networks without shortcuts:
+five wide convolutions, three linear layers.
 """
 
 from __future__ import annotations

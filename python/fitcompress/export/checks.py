@@ -44,7 +44,7 @@ def check_sums(sums: int, layers: Sequence[ExportedLayer]) -> None:
     raise OptionError(
         "integer_sums finds no sum that integers could compute",
         got=f"{fitting} of {len(layers)} layers with INT8 weights and UINT8 inputs",
-        wanted="a convolution or a Gemm of these that a shortcut is added to",
+        wanted="a convolution of these that a shortcut is added to",
         fix="quantize inputs to 8 bits, write 4-bit weights with min_bits=8, or leave "
         "integer_sums out",
     )

@@ -78,10 +78,10 @@ def export_onnx(
         fold_weights: Write the weights of layers whose inputs stay in float as floats:
             a larger file, for runtimes that are slow where weights are not constant.
         integer_sums: A loader of inputs, or of (inputs, …), the first 1024 of which are
-            used. What layers of 8-bit inputs and weights add to shortcuts is rounded
-            to 8 bits, as are the shortcuts and the sums, so that runtimes compute all
-            of it in integers (see ``export.sums``). Ranges are measured on these
-            inputs, and the report says how far outputs are from those of ``model``.
+            used. What convolutions of 8-bit inputs and weights add to shortcuts is
+            rounded to 8 bits, as are the shortcuts and the sums, so that runtimes
+            compute all of it in integers (see ``export.sums``). Ranges are measured on
+            these inputs, and the report says how far outputs are from ``model``'s.
             None leaves sums in float.
         dynamic_shapes: As ``torch.onnx.export`` takes them; None leaves the first
             dimension of every tensor free, as the batch.

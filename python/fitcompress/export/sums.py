@@ -52,10 +52,10 @@ class Sum:
 
 
 def find_sums(model: ir.Model) -> list[Sum]:
-    """Return the sums to which an integer layer contributes, in the graph's order.
+    """Return the sums to which an integer convolution contributes, in graph order.
 
-    An integer layer is a Conv or Gemm of UINT8 codes and INT8 weights, as quantizers
-    and weights were written. A sum that is an output of the graph stays in float.
+    That is one of UINT8 codes and INT8 weights, as quantizers and weights were written.
+    A sum that is an output of the graph stays in float.
     """
     found = []
     for node in model.graph:
@@ -132,11 +132,11 @@ def _moves(node: ir.Node) -> bool:
 
 
 def _integer(value: ir.Value) -> bool:
-    """Whether a value is the output of an integer layer, or its positive part."""
+    """Whether a value is of an integer convolution, or the positive part of that."""
     node = value.producer()
     if node is not None and node.op_type == "Relu" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    if node is None or node.op_type not in ("Conv", "Gemm") or node.domain != "":
+    if node is None or node.op_type != "Conv" or node.domain != "":
         return False
     return _codes_of(node.inputs[0]) == "UINT8" and _codes_of(node.inputs[1]) == "INT8"
 

@@ -191,9 +191,13 @@ def _eight_bits(node: ir.Node) -> bool:
 
 
 def _same(one: ir.Node, two: ir.Node) -> bool:
+    """Whether two quantizers of :func:`_eight_bits` have the same grid."""
     pairs = zip(one.inputs[1:], two.inputs[1:], strict=True)
-    numbers = ((constant(a), constant(b)) for a, b in pairs)
-    return all(a is not None and np.array_equal(a, b) for a, b in numbers)
+    for left, right in pairs:
+        step, other = constant(left), constant(right)
+        if step is None or other is None or not np.array_equal(step, other):
+            return False
+    return True
 
 
 def _new_grid(

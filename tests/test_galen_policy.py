@@ -48,6 +48,8 @@ def test_bits_follow_the_rule_of_the_paper() -> None:
     only8 = ActionMap("joint", "int8")
     assert only8.bits([0.9, 0.2, 0.2]) is None
     assert only8.bits([0.0, 0.2, 0.9]) == (8, 8)
+    seven = ActionMap("joint", integers="int8", most_bits=7)
+    assert seven.bits([0.0, 0.2, 0.9]) == (7, 8)
     assert ActionMap("pruning").bits([1.0]) is None
     assert [ActionMap(kind).size for kind in ("pruning", "quantization")] == [1, 2]
     assert ActionMap().size == 3

@@ -7,6 +7,7 @@ import torch
 import typer
 
 from fitcompress.cli.app import (
+    DataOption,
     JsonOption,
     ModelOption,
     app,
@@ -15,7 +16,8 @@ from fitcompress.cli.app import (
     emit,
     prepare,
 )
-from fitcompress.cli.models import build_model
+from fitcompress.cli.models import build_model, check_data
+from fitcompress.data import load_dataset
 from fitcompress.errors import OptionError
 from fitcompress.export import export_onnx
 
@@ -52,13 +54,26 @@ def export(
             "--fold-weights", help="Float weights in layers whose inputs are in float."
         ),
     ] = False,
+    integer_sums: Annotated[
+        str | None,
+        typer.Option(
+            help="Round sums of shortcuts to 8 bits, their ranges measured on this "
+            "data set: digits or cifar10."
+        ),
+    ] = None,
+    data: DataOption = None,
     json: JsonOption = None,
 ) -> None:
     """Write a packed file as ONNX, with integer weights, for other runtimes."""
     prepare(json, onnx, inputs=[packed])
     dtype = torch.int64 if indices else torch.float32
+    network, loader = build_model(model), None
+    if integer_sums is not None:
+        source = load_dataset(integer_sums, data)
+        check_data(network, source)
+        loader = source.calibration(0)
     result = export_onnx(
-        build_model(model),
+        network,
         onnx,
         torch.zeros(2, *sizes(shape), dtype=dtype),
         packed=packed,
@@ -66,6 +81,7 @@ def export(
         min_bits=min_bits,
         channel_multiple=channel_multiple,
         fold_weights=fold_weights,
+        integer_sums=loader,
     )
     console.print(str(result))
     console.print(f"wrote {onnx}")

@@ -59,6 +59,9 @@ def measure_latency(
     activation_bits: Annotated[
         int, typer.Option(help="Bits of quantized inputs, 2 to 16.")
     ] = MEASURE["activation_bits"],
+    integer_sums: Annotated[
+        bool, typer.Option("--integer-sums", help="Time sums of shortcuts in 8 bits.")
+    ] = False,
     networks: Annotated[
         int | None,
         typer.Option(help="How many to time; default: three a layer."),
@@ -72,9 +75,9 @@ def measure_latency(
     """Measure how fast a network is with some of its layers in integers."""
     prepare(json, out, inputs=[] if weights is None else [weights])
     target = (
-        OnnxRuntimeTarget(threads=threads, batch=batch)
+        OnnxRuntimeTarget(threads=threads, batch=batch, integer_sums=integer_sums)
         if command is None
-        else CommandTarget(command, batch=batch)
+        else CommandTarget(command, batch=batch, integer_sums=integer_sums)
     )
     network = build_model(model) if weights is None else trained_model(model, weights)
     dtype = torch.int64 if indices else torch.float32

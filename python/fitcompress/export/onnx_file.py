@@ -7,19 +7,22 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fitcompress.errors import ExportError, PlanMismatchError
+from fitcompress.errors import ExportError
+from fitcompress.export.agreement import agreement_with
+from fitcompress.export.checks import check_compressed, check_sums
 from fitcompress.export.integers import check_options
 from fitcompress.export.packages import check_packages
 from fitcompress.export.report import ExportedLayer, ExportReport
+from fitcompress.export.sessions import calibration_inputs
 from fitcompress.files import check_writable, write_atomically
 from fitcompress.model import check_finite
 from fitcompress.quantize import channel_of
-from fitcompress.search.plan import Plan
 from fitcompress.storage.activations import stored_activations
 from fitcompress.storage.save_load import coded_weights, load
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
 
     import onnx_ir as ir
     from torch import nn
@@ -42,6 +45,7 @@ def export_onnx(
     min_bits: int = 2,
     channel_multiple: int = 16,
     fold_weights: bool = False,
+    integer_sums: Iterable[Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> ExportReport:
     """Write a compressed model to an ONNX file, its weights as integers.
@@ -55,7 +59,7 @@ def export_onnx(
     Batch norms are folded into Δ, and channels that do nothing are removed (see
     ``export.norms`` and ``export.channels``). Outputs equal those of ``model`` in eval
     mode up to the rounding of float32; where inputs are quantized, up to single steps
-    that such a rounding may tip over.
+    that such a rounding may tip over. Only ``integer_sums`` makes another function.
 
     Args:
         model: What ``apply``, ``compress`` or ``load(trainable=True)`` returned; stays
@@ -73,6 +77,12 @@ def export_onnx(
             channels do. 1 removes every channel that does nothing.
         fold_weights: Write the weights of layers whose inputs stay in float as floats:
             a larger file, for runtimes that are slow where weights are not constant.
+        integer_sums: A loader of inputs, or of (inputs, …), the first 1024 of which are
+            used. What convolutions of 8-bit inputs and weights add to shortcuts is
+            rounded to 8 bits, as are the shortcuts and the sums, so that runtimes
+            compute all of it in integers (see ``export.sums``). Ranges are measured on
+            these inputs, and the report says how far outputs are from ``model``'s.
+            None leaves sums in float.
         dynamic_shapes: As ``torch.onnx.export`` takes them; None leaves the first
             dimension of every tensor free, as the batch.
 
@@ -80,14 +90,18 @@ def export_onnx(
         What became of every layer, and bytes before ⇒ after.
 
     Raises:
-        MissingDependencyError: onnx or onnxscript is not installed.
+        MissingDependencyError: onnx or onnxscript is not installed; with
+            ``integer_sums``, onnxruntime.
         PlanMismatchError: The model is not compressed, or the file belongs to another.
         FormatError: The packed file is damaged.
         OptionError: An option cannot work, or a quantizer has steps along another
             dimension than the channels'.
-        CalibrationError: A quantizer is not calibrated.
+        CalibrationError: A quantizer is not calibrated, or ranges of sums cannot be
+            measured.
         NonFiniteError: A weight or a step is NaN or infinite.
-        DataError: The model does not run on the example.
+        EmptyLoaderError: ``integer_sums`` yields nothing.
+        DataError: The model does not run on the example, or ``integer_sums`` has other
+            inputs than it.
         ExportError: It cannot be traced, a quantizer is dynamic, or the file would
             exceed 2 GiB.
         OutputError: The file cannot be written.
@@ -102,25 +116,30 @@ def export_onnx(
     check_options(opset, min_bits, channel_multiple)
     if packed is not None:
         model = load(packed, copy.deepcopy(model), trainable=True)
-    _check_compressed(model)
+    check_compressed(model)
     check_finite(model)
+    sums = None if integer_sums is None else calibration_inputs(integer_sums)
     options = ExportOptions(
-        opset, min_bits, channel_multiple, fold_weights, dynamic_shapes
+        opset, min_bits, channel_multiple, fold_weights, dynamic_shapes, sums
     )
     data, report = _converted(model, example_input, options)
+    if sums is not None:
+        check_sums(report["integer_sums"], report["layers"])
+        report["agreement"] = agreement_with(model, data, sums)
     write_atomically(path, data)
     return ExportReport(path, **report)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of :func:`export_onnx`, checked."""
+    """Options of :func:`export_onnx`, checked; ``integer_sums`` are the inputs."""
 
     opset: int = 21
     min_bits: int = 2
     channel_multiple: int = 16
     fold_weights: bool = False
     dynamic_shapes: Any = None
+    integer_sums: list[Any] | None = None
 
 
 def _converted(
@@ -184,6 +203,7 @@ def converted_graph(
         min_bits=options.min_bits,
         floats=weights.keys() - inputs.keys() if options.fold_weights else (),
     )
+    sums = 0 if options.integer_sums is None else _sum(graph, options.integer_sums)
     data = serialized(graph)
     layers = tuple(
         _layer(weight, kinds.get(name), input_kinds.get(name))
@@ -196,7 +216,18 @@ def converted_graph(
         "layers": layers,
         "folded_norms": folded,
         "removed_channels": removed,
+        "integer_sums": sums,
     }
+
+
+def _sum(graph: ir.Model, batches: list[Any]) -> int:
+    """Bring sums to integers, in place; return how many."""
+    from fitcompress.export.sum_ranges import measured_ranges
+    from fitcompress.export.sums import find_sums, without_grid, write_sums
+
+    sums = find_sums(graph)
+    write_sums(graph, sums, measured_ranges(graph, without_grid(sums), batches))
+    return len(sums)
 
 
 def serialized(model: ir.Model) -> bytes:
@@ -225,21 +256,6 @@ def serialized(model: ir.Model) -> bytes:
         )
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
-
-
-def _check_compressed(model: nn.Module) -> None:
-    """Raise unless weights are on grids.
-
-    Raises:
-        PlanMismatchError: They are not.
-    """
-    if not isinstance(getattr(model, "_fitcompress_plan", None), Plan):
-        raise PlanMismatchError(
-            "the weights of this model are no codes",
-            got=type(model).__name__,
-            wanted="what apply, compress or load(…, trainable=True) returned",
-            fix="give the packed file: export_onnx(…, packed=FILE)",
-        )
 
 
 def _float_bytes(weights: dict[str, GraphWeight]) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fitcompress.export.agreement import Agreement
+
 __all__ = ["ExportReport", "ExportedLayer"]
 
 
@@ -47,6 +49,8 @@ class ExportReport:
         layers: What became of every compressed layer.
         folded_norms: Batch norms that went into the layer before them.
         removed_channels: Layer → output channels that are gone.
+        integer_sums: Sums that were rounded to 8 bits.
+        agreement: With the model in PyTorch, where sums were rounded; else None.
     """
 
     path: Path
@@ -56,6 +60,8 @@ class ExportReport:
     layers: tuple[ExportedLayer, ...]
     folded_norms: int
     removed_channels: dict[str, int]
+    integer_sums: int = 0
+    agreement: Agreement | None = None
 
     def summary(self) -> str:
         """Return one line: bytes before ⇒ after, types of the weights."""
@@ -68,6 +74,7 @@ class ExportReport:
         parts += [f"{self.folded_norms} norms folded"] if self.folded_norms else []
         removed = sum(self.removed_channels.values())
         parts += [f"{removed} channels removed"] if removed else []
+        parts += [f"{self.integer_sums} integer sums"] if self.integer_sums else []
         share = 100 * self.bytes_after / max(self.bytes_before, 1)
         return (
             f"{self.bytes_before:,} ⇒ {self.bytes_after:,} bytes ({share:.1f} %), "
@@ -85,6 +92,8 @@ class ExportReport:
             if gone := self.removed_channels.get(layer.name):
                 line += f"  {gone} channels removed"
             lines.append(line)
+        if self.agreement is not None:
+            lines.append(f"against PyTorch: {self.agreement}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +104,8 @@ class ExportReport:
             "bytes_after": self.bytes_after,
             "folded_norms": self.folded_norms,
             "removed_channels": self.removed_channels,
+            "integer_sums": self.integer_sums,
+            "agreement": None if self.agreement is None else vars(self.agreement),
             "layers": [
                 vars(layer) | {"shape": [*layer.shape]} for layer in self.layers
             ],

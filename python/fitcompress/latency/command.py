@@ -41,6 +41,7 @@ class CommandTarget(OnnxTarget):
         batch: Samples that the command should use; it has to obey ``{batch}`` itself.
         turns: How often each of two networks is timed, in turns.
         timeout: Seconds for one run of the command.
+        integer_sums: As for ``OnnxRuntimeTarget``.
 
     Example:
         >>> CommandTarget("ssh board time_onnx {onnx} --batch {batch}").arguments("a b")
@@ -51,6 +52,7 @@ class CommandTarget(OnnxTarget):
     batch: int = 1
     turns: int = 3
     timeout: float = 60.0
+    integer_sums: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "turns"):
@@ -82,8 +84,9 @@ class CommandTarget(OnnxTarget):
 
     @property
     def fingerprint(self) -> str:
-        """The command and the batch."""
-        return f"command {shlex.join(self.command)}, batch {self.batch}"
+        """The command, the batch, and whether sums are in integers."""
+        sums = ", integer sums" if self.integer_sums else ""
+        return f"command {shlex.join(self.command)}, batch {self.batch}{sums}"
 
     def arguments(self, path: str | os.PathLike[str]) -> tuple[str, ...]:
         """Return the program and its arguments for one file."""

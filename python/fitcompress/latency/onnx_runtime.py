@@ -41,6 +41,8 @@ class OnnxRuntimeTarget(OnnxTarget):
         batch: Samples of one call; the first one of the example is repeated.
         turns: Turns; the median of them counts.
         shortest_ms: What a turn should take at least, of each network.
+        integer_sums: Time networks whose sums are in integers, too, as ``export_onnx``
+            writes them with its option of this name.
 
     Example::
 
@@ -52,6 +54,7 @@ class OnnxRuntimeTarget(OnnxTarget):
     batch: int = 1
     turns: int = 9
     shortest_ms: float = 10.0
+    integer_sums: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch", "turns"):
@@ -65,14 +68,14 @@ class OnnxRuntimeTarget(OnnxTarget):
 
     @property
     def fingerprint(self) -> str:
-        """Version of the runtime, processor, threads and batch."""
+        """Version of the runtime, processor, threads, batch, and whether sums are."""
         try:
             version = importlib.metadata.version("onnxruntime")
         except importlib.metadata.PackageNotFoundError as error:
             raise _missing() from error
         return (
             f"onnxruntime {version}, {_processor()}, {self.threads} threads, "
-            f"batch {self.batch}"
+            f"batch {self.batch}{', integer sums' if self.integer_sums else ''}"
         )
 
     def time_files(self, path: Path, reference: Path, example: Any) -> Timing:

@@ -69,7 +69,13 @@ class OnnxTarget(ABC):
     They are those of ``export_onnx(…, fold_weights=True, min_bits=weight_bits)``:
     weights are integers where inputs are quantized, and floats elsewhere, where integer
     weights gain no time (docs/deployment.md).
+
+    Attributes:
+        integer_sums: Write files as with ``integer_sums`` of ``export_onnx``, their
+            ranges those of the example input, which do not change latencies.
     """
+
+    integer_sums: bool = False
 
     @property
     @abstractmethod
@@ -110,7 +116,11 @@ class OnnxTarget(ABC):
                 got=type(reference).__name__,
                 wanted="a session that open of this target gave",
             )
-        options = ExportOptions(min_bits=weight_bits, fold_weights=True)
+        options = ExportOptions(
+            min_bits=weight_bits,
+            fold_weights=True,
+            integer_sums=[example_input] if self.integer_sums else None,
+        )
         variants = Variants(model, example_input, options)
         with tempfile.TemporaryDirectory(prefix="fitcompress-") as folder:
             own = Path(folder) / "float.onnx"

@@ -78,7 +78,8 @@ class Galen:
         one_sided: Do not punish networks that are faster than asked.
         integers: ``"int8"``, or ``"mixed"`` for targets that run other widths.
         round_to: Channels are kept in multiples of this.
-        most_bits: Largest of mixed widths.
+        most_bits: Largest of mixed widths; 7 keeps the weights of ``"int8"`` layers in
+            7 of their 8 bits, for runtimes whose sums saturate (AVX2 without VNNI).
         reconstruct: Let the layers that follow make up for channels that are gone, by
             least squares, before the retraining.
         calibration_samples: Inputs for that, for norms and for ranges of activations.

@@ -65,7 +65,8 @@ class ActionMap:
         integers: ``"int8"``: layers are 8×8 or float, for runtimes where only 8 bits
             are faster. ``"mixed"``: other widths too, for targets that run them.
         round_to: Channels are kept in multiples of this.
-        most_bits: R, of mixed widths.
+        most_bits: R, of mixed widths; of the weights of ``"int8"`` layers, if that is
+            less than 8.
     """
 
     agent: AgentKind = "joint"
@@ -122,8 +123,8 @@ class ActionMap:
             clip(⌊(1 − a′) R⌋ + 1, 2, R),    a′ = max(0, (a − .5) / .5)
 
         for each; else 8×8 if either is above .2; else float. The paper's lower end is 1
-        bit, which grids with a zero do not have. ``integers="int8"`` makes 8×8 of mixed
-        widths too.
+        bit, which grids with a zero do not have. With ``integers="int8"`` mixed widths
+        are 8×8 too, and weights use R of their 8 bits, if R is less.
         """
         if not self.quantizes:
             return None
@@ -131,7 +132,9 @@ class ActionMap:
         largest = max(of_input, of_weight)
         if largest <= INT8:
             return None
-        if self.integers == "int8" or largest <= MIXED:
+        if self.integers == "int8":
+            return min(self.most_bits, 8), 8
+        if largest <= MIXED:
             return 8, 8
         return self._mixed(of_weight), self._mixed(of_input)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fitcompress as fc
 from fitcompress.compensate.activations import input_bits
 from fitcompress.data.batches import take
-from fitcompress.methods import BitSharing, PathSearch, PruningTernary
+from fitcompress.methods import BitSharing, Galen, PathSearch, PruningTernary
 from fitcompress.model import compressible_layers
 from fitcompress.quantize import grid_of
 from fitcompress.sensitivity.moving_metric import MovingMetric
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
     from fitcompress.data.batches import Batches
     from fitcompress.data.dataset import Dataset
+    from fitcompress.methods.galen.policy import AgentKind
 
 __all__ = ["Made", "Method", "Part", "Setting", "active_bytes", "methods"]
 
-MEASURED, COMPENSATED = 512, 1024  # samples
+MEASURED, COMPENSATED, VALIDATED = 512, 1024, 1000  # samples
 UNIFORM = (8, 4, 3, 2)
-SIZES = ("25%", "9%", "6.7%", "4.6%", "3.4%", "2.5%")  # of ours
+SIZES = ("20%", "9%", "6.7%", "4.6%", "3.4%", "2.5%")  # of ours
 PATH_SIZE = "6.7%"
+AGENTS: tuple[AgentKind, ...] = ("joint", "pruning", "quantization")
+TARGET = 0.5  # of the latency, for Galen
 BIT_OPERATIONS = 60  # times fewer than in float32
 
 
@@ -67,6 +70,7 @@ class Setting:
         tune: Samples of the fine-tuning that every compressed network gets.
         sharing: Samples of a pass of bit sharing, and its passes.
         ternary: The same of pruning ternary.
+        galen: Episodes, and samples of the retraining in one.
         seed: Of everything.
     """
 
@@ -76,6 +80,7 @@ class Setting:
     tune: int
     sharing: tuple[int, int]
     ternary: tuple[int, int]
+    galen: tuple[int, int]
     seed: int = 0
     _tables: dict[tuple[int, ...], fc.Sensitivity] = field(default_factory=dict)
 
@@ -103,6 +108,7 @@ class Setting:
     def key(self, name: str) -> tuple[Any, ...]:
         """Return the numbers that the outcome of a method depends on."""
         own = {"bit sharing": self.sharing, "pruning ternary": self.ternary}
+        own |= {f"galen, {agent}": self.galen for agent in AGENTS}
         return self.tune, own.get(name), self.seed
 
     def checkpoint(self, name: str) -> Path:
@@ -120,6 +126,7 @@ class Made:
         seconds: CPU seconds that chose its levels: measuring, searching, training.
         bops: Bit operations of one sample, or None: weights alone were compressed.
         latency: Over that of the dense network, if it is known.
+        tuned: Whether the fine-tuning is done.
     """
 
     model: nn.Module
@@ -127,6 +134,7 @@ class Made:
     seconds: float
     bops: int | None = None
     latency: float | None = None
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ def methods() -> Iterator[Method]:
     yield Method(f"ours, BOPs/{BIT_OPERATIONS}", _ours_bops, ours=True)
     yield Method("bit sharing", _bit_sharing)
     yield Method("pruning ternary", _pruning_ternary)
+    for agent in AGENTS:
+        yield Method(f"galen, {agent}", lambda s, a=agent: _galen(s, a))
 
 
 def active_bytes(small: nn.Module) -> float:
@@ -260,3 +270,34 @@ def _pruning_ternary(setting: Setting) -> Made:
         seed=setting.seed,
     )
     return Made(small, samples * passes, time.process_time() - begin)
+
+
+def _galen(setting: Setting, agent: AgentKind) -> Made:
+    """Search for a latency; ends with as much fine-tuning as the others get."""
+    begin = time.process_time()
+    episodes, samples = setting.galen
+    images, labels = (part[:VALIDATED] for part in setting.source.validation)
+    plan, small = Galen(
+        agent=agent,
+        target=TARGET,
+        episodes=episodes,
+        retrain_samples=samples,
+        finetune_epochs=1,
+        most_bits=7,  # eight saturate in AVX2
+        sensitivity_samples=64,
+    ).run(
+        setting.model,
+        setting.training(setting.tune, seed=2),
+        list(zip(images.split(250), labels.split(250), strict=True)),
+        setting.source.test[0][:1],
+        fc.OnnxRuntimeTarget(threads=1, batch=1, integer_sums=True),
+        checkpoint=setting.checkpoint(f"galen {agent}"),
+        seed=setting.seed,
+    )
+    return Made(
+        small,
+        samples,
+        time.process_time() - begin,
+        latency=plan.details["share"],
+        tuned=True,
+    )

@@ -32,7 +32,7 @@ UNIFORM = (8, 4, 3, 2)
 SIZES = ("20%", "9%", "6.7%", "4.6%", "3.4%", "2.5%")  # of ours
 PATH_SIZE = "6.7%"
 AGENTS: tuple[AgentKind, ...] = ("joint", "pruning", "quantization")
-TARGET = 0.5  # of the latency, for Galen
+TARGET, AIMED = 0.5, 0.49  # of the latency, for Galen; latencies scatter
 BIT_OPERATIONS = 60  # times fewer than in float32
 
 
@@ -279,7 +279,8 @@ def _galen(setting: Setting, agent: AgentKind) -> Made:
     images, labels = (part[:VALIDATED] for part in setting.source.validation)
     plan, small = Galen(
         agent=agent,
-        target=TARGET,
+        target=AIMED,
+        one_sided=True,
         episodes=episodes,
         retrain_samples=samples,
         finetune_epochs=1,

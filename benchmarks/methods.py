@@ -3,7 +3,7 @@
     python benchmarks/methods.py --data DIR --weights resnet20-12fca82f.th
         [--methods "uniform*" "path*" "ours*" "bit sharing" "pruning ternary" "galen*"]
         [--keep FOLDER] [--tune 6400] [--sharing 24000x1] [--ternary 48000x3]
-        [--galen 512x30]
+        [--galen 512x24]
         [--device cuda] [--json FILE]
 
 Every compressed network gets the same fine-tuning: distillation on so many augmented
@@ -148,7 +148,7 @@ def main() -> None:
     made.add_argument("--tune", type=int, default=6400, help="samples")
     made.add_argument("--sharing", type=_passes, default="24000x1", metavar="NxPASSES")
     made.add_argument("--ternary", type=_passes, default="48000x3", metavar="NxPASSES")
-    made.add_argument("--galen", type=_passes, default="512x30", metavar="NxEPISODES")
+    made.add_argument("--galen", type=_passes, default="512x24", metavar="NxEPISODES")
     made.add_argument("--device", default="cpu")
     made.add_argument("--seed", type=int, default=0)
     arguments = made.parse_args()

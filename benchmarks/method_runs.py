@@ -64,6 +64,7 @@ class Setting:
     """What all methods share.
 
     Attributes:
+        network: Name of the architecture.
         model: The trained network.
         source: Its data.
         folder: Keeps checkpoints of methods that train.
@@ -74,6 +75,7 @@ class Setting:
         seed: Of everything.
     """
 
+    network: str
     model: nn.Module
     source: Dataset
     folder: Path

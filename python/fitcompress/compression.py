@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
-from fitcompress.data.batches import digest, take
+from fitcompress.data.batches import digest, take, tensors
 from fitcompress.errors import BudgetExceededError, FormatError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    import torch
     from torch import nn
 
     from fitcompress.search.problem import Family
@@ -186,9 +185,9 @@ def _apply(attempt: int) -> str:
 PARTS = ("measure", "sensitivity", *map(_apply, range(RETRIES + 1)))
 
 
-def _digest(inputs: list[torch.Tensor]) -> int:
+def _digest(inputs: list[Any]) -> int:
     """Return the CRC-32 of all inputs and of how they are cut into batches."""
     crc = 0
-    for x in inputs:
+    for x in tensors(inputs):
         crc = digest(x, zlib.crc32(f"{x.dtype}{tuple(x.shape)}".encode(), crc))
     return crc

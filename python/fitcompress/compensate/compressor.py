@@ -27,7 +27,7 @@ from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.compensate.trust import judge
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import digest, part
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -182,7 +182,7 @@ class Compressor:
             modules = {layer.name: layer.module for layer in self.layers}
             with threads(FIXED):
                 self.calibration = prepare(self.model, modules, calibrate, samples)
-                few = self.calibration.batches[0][:16]
+                few = part(self.calibration.batches[0], slice(16))
                 self._outlets = find_outlets(self._folded, self.layers, few)
         self.attempts = Attempts(checkpoint, self._key())
         self._judging = True
@@ -290,7 +290,7 @@ class Compressor:
                 trusts.append(made.trust)
                 bar.advance(note=name)
         if self._judging and not pilot:
-            judge(trusts, sum(len(x) for x in calibration.batches))
+            judge(trusts, calibration.samples)
 
     def _quantized(
         self,

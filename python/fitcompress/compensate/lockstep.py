@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.errors import CalibrationError
+from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class _AbandonedError(BaseException):
 class _Pass:
     """The forward pass of one batch, in a thread that runs only when resumed."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Any) -> None:
         self.arrival: tuple[str, torch.Tensor] | None = None
         self.error: BaseException | None = None
         self.abandoned = self.finished = False
@@ -74,7 +75,7 @@ class _Pass:
         try:
             if not self.abandoned:
                 with torch.no_grad():
-                    self._model(self._x)
+                    call_model(self._model, self._x)
         except _AbandonedError:
             pass
         except BaseException as error:
@@ -98,7 +99,7 @@ class Lockstep:
         self,
         model: nn.Module,
         modules: dict[str, nn.Module],
-        batches: Iterable[torch.Tensor],
+        batches: Iterable[Any],
     ) -> None:
         self._model, self._modules, self._batches = model, modules, list(batches)
         self._passes: list[_Pass] = []

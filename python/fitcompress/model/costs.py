@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from fitcompress.data.batches import batch_size
+from fitcompress.model.forward import call_model
 from fitcompress.model.layers import Layer, compressible_layers
 from fitcompress.model.matrix_view import TRANSPOSED
 from fitcompress.model.modes import evaluating
@@ -28,7 +30,7 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     Args:
         model: The network.
-        inputs: One batch, the samples along its first dimension.
+        inputs: Those of one batch, the samples along the first dimension.
 
     Returns:
         Layer name → multiply-accumulates of one sample.
@@ -54,11 +56,11 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
         handles.append(layer.module.register_forward_hook(count, with_kwargs=True))
     try:
         with evaluating(model), torch.no_grad():
-            model(inputs)
+            call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: count // len(inputs) for name, count in macs.items()}
+    return {name: count // batch_size(inputs) for name, count in macs.items()}
 
 
 def bops(macs: int, weight_bits: float, activation_bits: float = 32) -> int:

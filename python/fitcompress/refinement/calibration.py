@@ -15,7 +15,7 @@ from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.size_fit import Pace
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import batch_size, digest
 from fitcompress.errors import NonFiniteError, OptionError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -179,7 +179,7 @@ def calibrate(
             "calibrated": {
                 "errors": "compensated" if compensation else "rounded",
                 "temperature": temperature,
-                "samples": sum(len(x) for x in batches[1::2]),
+                "samples": sum(map(batch_size, batches[1::2])),
                 **report,
             },
         },
@@ -219,7 +219,7 @@ def _plans(table: Sensitivity, layers: Sequence[Layer], cells: Cells) -> list[Pl
 def _loss_rises(
     compressor: Compressor,
     plans: list[Plan],
-    measured: list[torch.Tensor],
+    measured: list[Any],
     temperature: float,
     file: ProgressFile,
     *,
@@ -233,7 +233,7 @@ def _loss_rises(
     ]
     rows = sum(len(each[0]) for each in before)
     done, sums = file.load((len(plans), len(heats)))
-    samples = sum(len(x) for x in measured)
+    samples = sum(map(batch_size, measured))
     title = f"calibrate: {len(plans)} plans, {samples} inputs each"
     with Bar(title, len(plans), enabled=progress) as bar:
         bar.advance(done)

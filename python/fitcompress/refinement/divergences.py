@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fitcompress.sensitivity.labels import check_logits, logits_of
+from fitcompress.sensitivity.labels import check_logits
 
 if TYPE_CHECKING:
     from typing import Any
@@ -20,7 +20,7 @@ def log_probabilities(output: Any, temperature: float) -> torch.Tensor:
     Raises:
         DataError: The output holds no logits.
     """
-    logits = check_logits(logits_of(output)).double()
+    logits = check_logits(output).double()
     return (logits / temperature).log_softmax(-1).flatten(0, -2)
 
 

@@ -13,7 +13,7 @@ from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.levels import level_weights, swapped
 from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.outlets import find_outlets
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import batch_size, digest, part
 from fitcompress.errors import NonFiniteError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -82,7 +82,9 @@ def measure_levels(
         folded = copy_of(dense)
         fold_norms_(folded)
         round_leftovers_(folded, [layer.weight for layer in layers.values()])
-        outlets = find_outlets(folded, list(layers.values()), batches[0][:16])
+        outlets = find_outlets(
+            folded, list(layers.values()), part(batches[0], slice(16))
+        )
         made = _level_weights(
             dense,
             layers,
@@ -112,7 +114,7 @@ def measure_levels(
             "refined": {
                 "errors": "compensated" if options.compensation else "rounded",
                 "temperature": options.temperature,
-                "samples": sum(len(x) for x in batches[1::2]),
+                "samples": sum(map(batch_size, batches[1::2])),
                 "cells": [list(cell) for cell in cells],
             },
         },
@@ -131,7 +133,7 @@ def _level_weights(
     dense: nn.Module,
     layers: dict[str, Layer],
     outlets: dict[str, Outlet],
-    batches: list[torch.Tensor],
+    batches: list[Any],
     table: Sensitivity,
     cells: list[Cell],
     options: Refinement,
@@ -172,7 +174,7 @@ def _loss_rises(
     folded: nn.Module,
     layers: dict[str, Layer],
     outlets: dict[str, Outlet],
-    batches: list[torch.Tensor],
+    batches: list[Any],
     made: dict[str, list[Quantized]],
     options: Refinement,
     file: ProgressFile,
@@ -184,7 +186,7 @@ def _loss_rises(
     count = len(next(iter(made.values())))
     done, sums = file.load((len(heats), len(layers), count))
     total, rows = len(batches) * len(layers) * count, 0
-    passes, samples = len(layers) * count, sum(len(x) for x in batches)
+    passes, samples = len(layers) * count, sum(map(batch_size, batches))
     title = f"refine: {passes} forward passes over {samples} inputs"
     with Bar(title, total, enabled=progress) as bar:
         bar.advance(done * len(layers) * count)

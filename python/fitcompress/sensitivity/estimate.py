@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fitcompress.data.batches import (
-    batch_size,
-    digest,
-    part,
-    split_named,
-    take,
-    tensors,
-)
+from fitcompress.data.batches import batch_size, digest, part, take
 from fitcompress.errors import OptionError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, fingerprint
@@ -121,7 +114,7 @@ def measure_fisher(
     check_finite(model)
     if checkpoint is not None:
         check_writable(checkpoint)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_named)
+    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
     key += f"-{diagonal:d}{activations:d}"
     moments = load_moments(checkpoint, key) if checkpoint is not None else None
     estimator = FisherEstimator(
@@ -133,7 +126,7 @@ def measure_fisher(
     )
     found = estimate(
         estimator,
-        take(batches, samples, split_named),
+        take(batches, samples),
         loss_fn,
         samples=samples,
         tolerance=tolerance,
@@ -157,7 +150,6 @@ def estimate_key(
     loss_fn: Any,
     samples: int | None,
     seed: int,
-    split: Callable[[Any], tuple[Any, Any]],
 ) -> tuple[Iterator[Any], str]:
     """Return the loader's batches, and what must be equal to continue a checkpoint."""
     batches, crc = iter(loader), 0
@@ -166,9 +158,8 @@ def estimate_key(
     if not isinstance(loader, (list, tuple)):
         known = first = list(itertools.islice(batches, 1))
         batches = followed(first, batches)
-    for batch in take(known, samples, split):
-        for tensor in tensors(batch):
-            crc = digest(tensor, crc)
+    for batch in take(known, samples):
+        crc = digest(batch, crc)
     labels = "sampled" if loss_fn is None else getattr(loss_fn, "__qualname__", "data")
     weights = fingerprint(model, [])
     return batches, f"{weights}-{labels}-{seed}-{samples}-{crc:08x}"

@@ -26,13 +26,14 @@ def logits_of(output: Any) -> Any:
 
 
 def check_logits(out: Any) -> torch.Tensor:
-    """Return a model's output if it is a tensor of logits, classes last.
+    """Return the logits in a model's output, see :func:`logits_of`, classes last.
 
     Images, [B, classes, H, W] and more, have their classes moved there.
 
     Raises:
         DataError: It is something else.
     """
+    out = logits_of(out)
     if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
         return out.movedim(1, -1) if out.dim() > 3 else out
     raise DataError(

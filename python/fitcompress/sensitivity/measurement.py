@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fitcompress.data.batches import split_batch, take
+from fitcompress.data.batches import part, take
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
@@ -142,10 +142,10 @@ def measure(
     if masks is not None:
         check_rule(rule, layers)
     check_allocation(shared)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
+    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
     first = list(itertools.islice(batches, 1))
     x, y = next(take(first, samples))
-    macs = count_macs(model, x[:1])
+    macs = count_macs(model, part(x, slice(1)))
     batches = followed(first, batches)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
     key += f"-{names:08x}" + ("-inputs" if bits else "")

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from fitcompress.data.batches import take
+from fitcompress.data.batches import batch_size, take
 from fitcompress.errors import MemorisedDataWarning, NonFiniteError
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.progress import Bar
-from fitcompress.sensitivity.labels import check_logits, logits_of
+from fitcompress.sensitivity.labels import check_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -160,19 +161,19 @@ def mean_losses(
         the entropy of the outputs, mean over the positions of a sample.
     """
     found = {"data": Mean()} if loss_fn else {"data": Mean(), "sampled": Mean()}
-    device = next(model.parameters()).device
+    device = device_of(model)
     with (
         evaluating(model),
         torch.no_grad(),
         Bar("measure: losses", samples, enabled=progress) as bar,
     ):
         for x, y in take(loader, samples):
-            output = call_model(model, x.to(device))
-            target = y.to(device) if torch.is_tensor(y) else y
+            output = call_model(model, to_device(x, device))
+            target = to_device(y, device)
             if loss_fn is not None:
-                found["data"].add(float(loss_fn(output, target)), len(x))
+                found["data"].add(float(loss_fn(output, target)), batch_size(x))
             else:
-                log = check_logits(logits_of(output)).double().log_softmax(-1)
+                log = check_logits(output).double().log_softmax(-1)
                 entropy = -(log.exp() * log).sum(-1).reshape(len(log), -1).mean(1)
                 for value in entropy.tolist():
                     found["sampled"].add(value)
@@ -184,7 +185,7 @@ def mean_losses(
                         found["data"].add(value)
                 else:
                     found.pop("data", None)
-            bar.advance(len(x))
+            bar.advance(batch_size(x))
     return found
 
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from fitcompress.data.batches import take
 from fitcompress.errors import DataError, NonFiniteError
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.progress import track
 from fitcompress.sensitivity.labels import check_logits
-from fitcompress.train.devices import device_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +63,7 @@ def evaluate(
     device, total = device_of(model), length_of(loader)
     with evaluating(model), torch.no_grad():
         for x, y in track(take(loader, None), "evaluate", total, enabled=progress):
-            out = check_logits(model(x.to(device))).float()
+            out = check_logits(call_model(model, to_device(x, device))).float()
             labels = _labels(to_device(y, device), out)
             out = out.reshape(-1, out.shape[-1])
             right += int((out.argmax(-1) == labels).sum())
@@ -107,8 +108,11 @@ def divergence(
     places = device_of(dense), device_of(small)
     with evaluating(dense), evaluating(small), torch.no_grad():
         for x, _ in track(take(loader, samples), "compare", length, enabled=progress):
-            p, q = check_logits(dense(x.to(places[0]))), small(x.to(places[1]))
-            if check_logits(q).shape != p.shape:
+            p, q = (
+                check_logits(call_model(each, to_device(x, place)))
+                for each, place in ((dense, places[0]), (small, places[1]))
+            )
+            if q.shape != p.shape:
                 raise DataError(
                     "the two models have different outputs",
                     got=tuple(q.shape),

@@ -15,9 +15,9 @@ from fitcompress.files import check_writable
 from fitcompress.methods.pruning_ternary.result import compressed_copy, finish_
 from fitcompress.methods.pruning_ternary.training import TernaryTraining
 from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.model.devices import device_of
 from fitcompress.quantize import grid_of
 from fitcompress.threads import FIXED, threads
-from fitcompress.train.devices import device_of
 from fitcompress.train.loop import one_pass
 
 if TYPE_CHECKING:

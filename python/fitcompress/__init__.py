@@ -21,6 +21,7 @@ from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
+from fitcompress.sensitivity.labels import label_loss
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.moments import FisherMoments
 from fitcompress.sensitivity.moving_metric import MovingMetric
@@ -61,6 +62,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "inspect",
+    "label_loss",
     "load",
     "masks",
     "measure",

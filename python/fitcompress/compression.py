@@ -54,8 +54,10 @@ def compress(
 
     Args:
         model: The trained network; unchanged.
-        loader: Yields inputs or (inputs, …) from the training distribution; iterated
-            once, so a generator will do.
+        loader: Yields inputs or (inputs, …) from the training distribution, or mappings
+            of named inputs, as for Hugging Face models; iterated once, so a generator
+            will do. A sample of text is a whole sequence; what its ``attention_mask``
+            leaves out is not measured and not calibrated with.
         budget: The bound.
         method: As for :func:`search`.
         family: As for :func:`search`.
@@ -84,7 +86,9 @@ def compress(
     check_finite(model)
     files = _Files(checkpoint)
     # Once: a second pass of a loader that shuffles would yield others after a kill.
-    inputs = [x for x, _ in take(loader, samples)]
+    given = take(loader, samples)
+    # Labels of sequences may say that positions do not count.
+    inputs = [(x, y) if isinstance(x, dict) else x for x, y in given]
     half = None if samples is None else max(1, samples // 2)
     key = ""
     if checkpoint is not None:

@@ -90,7 +90,9 @@ def apply(
         model: The trained network; unchanged.
         plan: For this model.
         calibrate: Yields inputs or (inputs, …) from the training distribution, without
-            labels; a thousand are plenty.
+            labels, or mappings of named inputs; a thousand are plenty. A sample of text
+            is a whole sequence; positions that its ``attention_mask`` leaves out do not
+            count, and those labelled −100 do, as others read them.
         samples: How many to use, None for all.
         compensation: What compensation does; None for the defaults.
         masks: What masks drop: of every layer the share that its level says, in the

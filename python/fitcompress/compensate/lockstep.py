@@ -18,6 +18,7 @@ import torch
 from fitcompress.errors import CalibrationError
 from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
+from fitcompress.model.positions import attention_masks, counted_rows
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -40,7 +41,7 @@ class _Pass:
         self.error: BaseException | None = None
         self.abandoned = self.finished = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._model, self._x = model, x
+        self._model, self._x, self._masks = model, x, attention_masks(x)
         self._seen: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -53,12 +54,12 @@ class _Pass:
         if self.finished:
             self._thread.join()
 
-    def arrive(self, name: str, x: torch.Tensor) -> None:
+    def arrive(self, name: str, module: nn.Module, x: torch.Tensor) -> None:
         """Called within the pass, before layer ``name`` uses its input ``x``."""
         if name in self._seen:
             return
         self._seen.add(name)
-        self.arrival = (name, x.detach())
+        self.arrival = (name, counted_rows(module, x.detach(), self._masks))
         self._wait()
 
     def owns_this_thread(self) -> bool:
@@ -109,14 +110,14 @@ class Lockstep:
         for name, module in self._modules.items():
 
             def wait(
-                _: nn.Module,
+                module: nn.Module,
                 args: tuple[Any, ...],
                 named: dict[str, Any],
                 name: str = name,
             ) -> None:
                 for waiting in self._passes:
                     if waiting.owns_this_thread():
-                        waiting.arrive(name, layer_input(args, named))
+                        waiting.arrive(name, module, layer_input(args, named))
 
             handle = module.register_forward_pre_hook(wait, with_kwargs=True)
             self._handles.append(handle)
@@ -140,7 +141,8 @@ class Lockstep:
         """Go on to the next new layer.
 
         Returns:
-            Its name and its input for every batch, or None at the end of the network.
+            Its name and its input for every batch, without padding, or None at the end
+            of the network.
 
         Raises:
             CalibrationError: Different batches reach different layers.

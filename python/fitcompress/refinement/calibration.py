@@ -20,6 +20,7 @@ from fitcompress.errors import NonFiniteError, OptionError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
 from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted
 from fitcompress.progress import Bar
 from fitcompress.quantize import remove
 from fitcompress.refinement.checks import check_batches, check_layers
@@ -228,7 +229,12 @@ def _loss_rises(
     """Return KL and softened KL of every plan, [P] each."""
     heats = (1.0, temperature)
     before = [
-        [log_probabilities(call_model(compressor.model, x), t) for t in heats]
+        [
+            log_probabilities(
+                call_model(compressor.model, x), t, counted(compressor.model, x)
+            )
+            for t in heats
+        ]
         for x in measured
     ]
     rows = sum(len(each[0]) for each in before)
@@ -242,7 +248,7 @@ def _loss_rises(
             for x, known in zip(measured, before, strict=True):
                 output = call_model(small, x)
                 for h, t in enumerate(heats):
-                    after = log_probabilities(output, t)
+                    after = log_probabilities(output, t, counted(small, x))
                     sums[number, h] += softened_divergence(known[h], after, t)
             file.save(number + 1, sums)
             bar.advance()

@@ -17,6 +17,7 @@ from fitcompress.data.batches import batch_size, digest, part
 from fitcompress.errors import NonFiniteError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
+from fitcompress.model.positions import counted
 from fitcompress.model.replay import Replay
 from fitcompress.progress import Bar
 from fitcompress.quantize import fold_norms_, remove, round_leftovers_
@@ -192,7 +193,8 @@ def _loss_rises(
         bar.advance(done * len(layers) * count)
         for number, x in enumerate(batches):
             with Replay(folded, modules, x) as replay:
-                before = [log_probabilities(replay.output, t) for t in heats]
+                mask = counted(folded, x)
+                before = [log_probabilities(replay.output, t, mask) for t in heats]
                 rows += len(before[0])
                 if number < done:
                     continue
@@ -201,7 +203,7 @@ def _loss_rises(
                         with swapped(folded, layer, weights, outlets[name]):
                             output = replay.run_from(name)
                         for h, t in enumerate(heats):
-                            after = log_probabilities(output, t)
+                            after = log_probabilities(output, t, mask)
                             sums[h, i, k] += softened_divergence(before[h], after, t)
                         bar.advance(note=name)
             file.save(number + 1, sums)

@@ -130,7 +130,8 @@ def report(
     Args:
         model: The dense network.
         small: What ``apply``, ``compress`` or ``load(…, trainable=True)`` returned.
-        loader: Labelled batches to score both on; can be iterated several times.
+        loader: Labelled batches to score both on, as for :func:`evaluate`; can be
+            iterated several times.
         sensitivity: Adds the front of size against predicted loss.
         notes: Further lines to show.
         progress: Show a bar with the time left.

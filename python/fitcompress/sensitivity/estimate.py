@@ -17,6 +17,7 @@ from fitcompress.files import check_writable
 from fitcompress.model import check_finite, fingerprint
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
+from fitcompress.model.positions import counted
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
 from fitcompress.sensitivity.fisher import MEMORY, FisherEstimator
@@ -71,9 +72,10 @@ def measure_fisher(
             Hugging Face models, whose ``labels`` are the targets.
         loss_fn: (output, targets) → mean loss of the samples: empirical Fisher. None:
             cross-entropy with labels sampled from the model: true Fisher, no labels
-            needed; positions that an ``attention_mask`` leaves out do not count. The
+            needed; of a sequence, which is one sample, positions that an
+            ``attention_mask`` leaves out or that are labelled −100 do not count. The
             loss of a sample must not depend on the others: a mean over the tokens of
-            sequences of unequal lengths does.
+            sequences of unequal lengths does, and :func:`label_loss` does not.
         diagonal: Measure F beside T.
         activations: Measure T_a of the inputs of layers, too.
         samples: How many samples to use; None for all.
@@ -198,7 +200,7 @@ def estimate(
             if number == resume and loss_fn is not None:
                 _warn_unless_mean(model, x, y, loss_fn)
             if number >= resume:
-                estimator.update(x, y, loss_fn or sampled(x, seed, number))
+                estimator.update(x, y, loss_fn or sampled(model, x, y, seed, number))
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                     save_moments(checkpoint, estimator.moments, key)
                     saved = time.monotonic()
@@ -243,18 +245,18 @@ def _warn_unless_mean(
         )
 
 
-def sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
+def sampled(
+    model: nn.Module, x: Any, y: Any, seed: int, number: int
+) -> Callable[[Any, Any], torch.Tensor]:
     """Return the loss with sampled labels for one batch.
 
-    Seeded by batch, so that a resumed run draws the same labels.
+    Seeded by batch, so that a resumed run draws the same labels. Of sequences, padding
+    and what is labelled −100 do not count.
     """
     rank = torch.distributed.get_rank() if _distributed() else 0
     own = (seed + 65_537 * rank) * 1_000_003 + number
     generator = torch.Generator().manual_seed(own)
-    mask = None
-    if isinstance(x, dict):
-        decoding = "decoder_input_ids" in x
-        mask = x.get("decoder_attention_mask" if decoding else "attention_mask")
+    mask = counted(model, x, y)
     done = 0
 
     def loss(output: Any, _: Any) -> torch.Tensor:

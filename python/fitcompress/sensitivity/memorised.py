@@ -15,6 +15,7 @@ from fitcompress.errors import MemorisedDataWarning, NonFiniteError
 from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
+from fitcompress.model.positions import NO_LABEL, aligned_labels, counted
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.labels import check_logits
 
@@ -158,7 +159,7 @@ def mean_losses(
 
     Returns:
         ``"data"``, unless there are no labels; without ``loss_fn`` also ``"sampled"``,
-        the entropy of the outputs, mean over the positions of a sample.
+        the entropy of the outputs, mean over the positions of a sample that count.
     """
     found = {"data": Mean()} if loss_fn else {"data": Mean(), "sampled": Mean()}
     device = device_of(model)
@@ -174,14 +175,19 @@ def mean_losses(
                 found["data"].add(float(loss_fn(output, target)), batch_size(x))
             else:
                 log = check_logits(output).double().log_softmax(-1)
-                entropy = -(log.exp() * log).sum(-1).reshape(len(log), -1).mean(1)
-                for value in entropy.tolist():
+                mask, target = counted(model, x, y), aligned_labels(model, target)
+                entropy = -(log.exp() * log).sum(-1)
+                for value in _sample_means(entropy, mask).tolist():
                     found["sampled"].add(value)
                 if "data" in found and _are_labels(target, log):
                     losses = F.nll_loss(
-                        log.flatten(0, -2), target.flatten(), reduction="none"
-                    )
-                    for value in losses.reshape(len(log), -1).mean(1).tolist():
+                        log.flatten(0, -2),
+                        target.flatten(),
+                        ignore_index=NO_LABEL,
+                        reduction="none",
+                    ).reshape(target.shape)
+                    given = target != NO_LABEL if target.dim() == 2 else None
+                    for value in _sample_means(losses, given).tolist():
                         found["data"].add(value)
                 else:
                     found.pop("data", None)
@@ -194,5 +200,15 @@ def _are_labels(target: Any, log: torch.Tensor) -> bool:
         torch.is_tensor(target)
         and target.dtype == torch.int64
         and target.shape == log.shape[:-1]
-        and bool(((target >= 0) & (target < log.shape[-1])).all())
+        and bool(
+            (((target >= 0) & (target < log.shape[-1])) | (target == NO_LABEL)).all()
+        )
     )
+
+
+def _sample_means(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of each sample over its positions that count, [B]."""
+    if mask is None or mask.shape != values.shape:
+        return values.reshape(len(values), -1).mean(1)
+    kept = mask.to(values.device)
+    return torch.where(kept, values, 0.0).sum(1) / kept.sum(1).clamp_min(1)

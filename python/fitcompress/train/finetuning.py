@@ -25,6 +25,7 @@ from fitcompress.model.costs import dense_bytes
 from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
 from fitcompress.model.layers import fingerprint
+from fitcompress.model.positions import counted
 from fitcompress.quantize import (
     activations,
     attach_plan,
@@ -120,6 +121,9 @@ def finetune(
         T² KL(teacher ‖ small) at temperature T = 4, if there is a teacher, plus
         loss_fn(output, targets), if given.
 
+    A sample of text is a whole sequence, and has the mean over its positions; padding,
+    by an ``attention_mask``, and what is labelled −100 teach nothing.
+
     Steps of quantized activations are learnt along with the weights (LSQ).
 
     Weights in 16 bits are trained as float32 copies. Batches are moved to the device of
@@ -127,8 +131,8 @@ def finetune(
 
     Args:
         small: What ``apply``, ``compress`` or ``load(trainable=True)`` returned.
-        loader: Yields inputs or (inputs, targets), the same for the same epoch; if it
-            has an attribute ``epoch``, that is set before each pass.
+        loader: Yields inputs, (inputs, targets), or mappings of named inputs with their
+            ``labels``, the same for the same epoch; if it has an attribute ``epoch``, that is set before each pass.
         loss_fn: (output, targets) → loss averaged over the batch.
         epochs: Passes over the loader.
         teacher: The dense model, whose outputs are the targets.
@@ -348,7 +352,7 @@ class _Trainer:
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = call_model(self.teacher, x)
-            loss = loss + distillation_loss(out, wanted)
+            loss = loss + distillation_loss(out, wanted, counted(self.teacher, x, y))
         return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
 
     def _update(self, loss: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from fitcompress.errors import DataError, EmptyLoaderError, NonFiniteError
 from fitcompress.methods.bit_sharing.expected_cost import expected_bops
 from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted, output_rows
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.labels import check_logits
 from fitcompress.train.evaluation import length_of
@@ -247,7 +248,8 @@ class Trainer:
 
     def _loss(self, x: Any, out: torch.Tensor, y: Any) -> torch.Tensor:
         """Return the cross-entropy, or T² KL(teacher ‖ student) at T = 4."""
-        out = out.float().reshape(-1, out.shape[-1])
+        mask = None if self.teacher is None else counted(self.teacher, x, y)
+        out = output_rows(out.float(), mask)
         if self.teacher is None:
             if not torch.is_tensor(y) or y.is_floating_point() or y.numel() != len(out):
                 raise DataError(
@@ -259,7 +261,7 @@ class Trainer:
             return F.cross_entropy(out, y.reshape(-1).long())
         with torch.no_grad():
             wanted = check_logits(call_model(self.teacher, x)).float()
-            wanted = wanted.reshape(out.shape) / TEMPERATURE
+            wanted = output_rows(wanted, mask) / TEMPERATURE
         soft = F.kl_div(
             (out / TEMPERATURE).log_softmax(-1),
             wanted.log_softmax(-1),

@@ -20,6 +20,7 @@ from fitcompress.methods.pruning_ternary.ternary import (
 from fitcompress.model import compressible_layers
 from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted
 from fitcompress.quantize import WeightGrid, attach_grid, row_scales
 from fitcompress.quantize.leftovers import FOLDABLE
 from fitcompress.search.plan import Level
@@ -208,7 +209,7 @@ class TernaryTraining:
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = call_model(self.teacher, x)
-            loss = loss + distillation_loss(out, wanted)
+            loss = loss + distillation_loss(out, wanted, counted(self.teacher, x, y))
         return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
 
 

@@ -228,13 +228,9 @@ def _loss_rises(
 ) -> tuple[Reals, Reals]:
     """Return KL and softened KL of every plan, [P] each."""
     heats = (1.0, temperature)
+    dense = compressor.model
     before = [
-        [
-            log_probabilities(
-                call_model(compressor.model, x), t, counted(compressor.model, x)
-            )
-            for t in heats
-        ]
+        [log_probabilities(call_model(dense, x), t, counted(dense, x)) for t in heats]
         for x in measured
     ]
     rows = sum(len(each[0]) for each in before)

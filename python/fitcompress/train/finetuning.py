@@ -132,7 +132,8 @@ def finetune(
     Args:
         small: What ``apply``, ``compress`` or ``load(trainable=True)`` returned.
         loader: Yields inputs, (inputs, targets), or mappings of named inputs with their
-            ``labels``, the same for the same epoch; if it has an attribute ``epoch``, that is set before each pass.
+            ``labels``, the same for the same epoch; if it has an attribute ``epoch``,
+            that is set before each pass.
         loss_fn: (output, targets) → loss averaged over the batch.
         epochs: Passes over the loader.
         teacher: The dense model, whose outputs are the targets.

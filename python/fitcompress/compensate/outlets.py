@@ -104,7 +104,7 @@ def find_outlets(model: nn.Module, layers: list[Layer], x: Any) -> dict[str, Out
     outlets, followers = {}, {}
     for layer in layers:
         outlets[layer.name] = Outlet(None)
-        if len(made[layer.name]) != 1 or layer.one_hot:
+        if len(made[layer.name]) != 1 or layer.rounded_alone:
             continue
         if isinstance(getattr(modules[layer.name], "bias", None), torch.Tensor):
             outlets[layer.name] = Outlet(layer.name)

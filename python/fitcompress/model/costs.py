@@ -26,7 +26,8 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     A convolution costs P·O·I (P output positions, O output channels, I inputs of one
     output), a transposed one as many products as it really does: every value of its
     input meets the kernel once for each output channel of its group; an embedding
-    none. A layer that is used twice counts twice.
+    none. A layer that is used twice counts twice, and so does a weight that layers
+    share.
 
     Args:
         model: The network.
@@ -50,10 +51,13 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
             if isinstance(module, TRANSPOSED):
                 x = layer_input(args, named)
                 macs[layer.name] += x.numel() * math.prod(layer.shape[1:])
-            elif not layer.one_hot:
+            elif not isinstance(module, nn.Embedding):
                 macs[layer.name] += out.numel() * layer.columns
 
-        handles.append(layer.module.register_forward_hook(count, with_kwargs=True))
+        handles += [
+            module.register_forward_hook(count, with_kwargs=True)
+            for module in layer.modules
+        ]
     try:
         with evaluating(model), torch.no_grad():
             call_model(model, inputs)

@@ -182,7 +182,8 @@ def _loss_rises(
     progress: bool,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return D̂ of every layer and cell, [L, cells]."""
-    modules = {name: folded.get_submodule(name) for name in layers}
+    names = {name: [name, *(n for n, _ in each.tied)] for name, each in layers.items()}
+    modules = {n: folded.get_submodule(n) for own in names.values() for n in own}
     heats = (1.0, options.temperature)
     count = len(next(iter(made.values())))
     done, sums = file.load((len(heats), len(layers), count))
@@ -201,7 +202,7 @@ def _loss_rises(
                 for i, (name, layer) in enumerate(layers.items()):
                     for k, weights in enumerate(made[name]):
                         with swapped(folded, layer, weights, outlets[name]):
-                            output = replay.run_from(name)
+                            output = replay.run_from(*names[name])
                         for h, t in enumerate(heats):
                             after = log_probabilities(output, t, mask)
                             sums[h, i, k] += softened_divergence(before[h], after, t)

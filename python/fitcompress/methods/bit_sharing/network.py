@@ -20,7 +20,7 @@ from fitcompress.methods.bit_sharing.layers import (
     share_layer,
 )
 from fitcompress.methods.bit_sharing.shared_bits import Ladder
-from fitcompress.model import Layer, compressible_layers
+from fitcompress.model import Layer, check_untied, compressible_layers
 from fitcompress.model.costs import bops, count_macs
 from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
@@ -86,6 +86,7 @@ def build_network(
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     layers = compressible_layers(student)
+    check_untied(layers)
     _check_types(layers)
     device = device_of(student)
     inputs = [

@@ -16,6 +16,7 @@ from fitcompress.latency.onnx_runtime import OnnxRuntimeTarget
 from fitcompress.latency.table import LatencyTable
 from fitcompress.latency.target import LatencySession, LatencyTarget
 from fitcompress.latency.timing import Timing
+from fitcompress.model.fused_groups import FUSED, fused_groups
 from fitcompress.quantize import remove
 from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
@@ -34,6 +35,7 @@ from fitcompress.train import evaluate, finetune
 from fitcompress.versions import __version__, show_versions
 
 __all__ = [
+    "FUSED",
     "Budget",
     "CommandTarget",
     "Compensation",
@@ -61,6 +63,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "finetune",
+    "fused_groups",
     "inspect",
     "label_loss",
     "load",

@@ -94,11 +94,13 @@ def counted_rows(
         return x
     features = 0 if isinstance(module, nn.Embedding) else 1
     for mask in masks:
-        kept = mask.to(x.device)
         if x.dim() == 2 + features and x.shape[:2] == mask.shape:
-            return x[kept]
-        if x.dim() == 1 + features and len(x) == mask.numel():
-            return x[kept.flatten()]
+            kept = mask
+        elif x.dim() == 1 + features and len(x) == mask.numel():
+            kept = mask.flatten()
+        else:
+            continue
+        return x if bool(kept.all()) else x[kept.to(x.device)]
     return x
 
 

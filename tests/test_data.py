@@ -62,7 +62,7 @@ def test_a_batch_is_a_tensor_or_starts_with_one() -> None:
     assert split_batch(x) == (x, None)
     assert split_batch((x,)) == (x, None)
     assert split_batch([x, y, "more"]) == (x, y)
-    for bad in ({"x": x}, (1, y), [], "text"):
+    for bad in ({"x": 1}, {}, {"labels": y}, (1, y), [], "text"):
         with pytest.raises(DataError, match=r"got .*wanted a tensor.*To fix it"):
             split_batch(bad)
 

@@ -32,9 +32,16 @@ def test_a_model_may_be_a_layer_itself() -> None:
     assert names(nn.Linear(3, 2)) == [""]
 
 
-def test_shared_weights_stay_in_float() -> None:
+def test_a_weight_that_layers_share_is_one_layer() -> None:
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6))
     model[2].weight = model[0].weight
+    assert names(model) == ["0", "1"]
+    assert compressible_layers(model)[0].tied == (("2", model[2]),)
+
+
+def test_weights_shared_with_other_kinds_of_modules_stay_in_float() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Bilinear(2, 2, 4))
+    model[2].other = model[0].weight
     assert names(model) == ["1"]
 
 

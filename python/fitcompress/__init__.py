@@ -16,11 +16,13 @@ from fitcompress.latency.onnx_runtime import OnnxRuntimeTarget
 from fitcompress.latency.table import LatencyTable
 from fitcompress.latency.target import LatencySession, LatencyTarget
 from fitcompress.latency.timing import Timing
+from fitcompress.model.fused_groups import FUSED, fused_groups
 from fitcompress.quantize import remove
 from fitcompress.refinement import Refinement, calibrate, refine
 from fitcompress.report import report
 from fitcompress.search import Budget, Level, Plan, Rule, pareto, search
 from fitcompress.sensitivity.estimate import measure_fisher
+from fitcompress.sensitivity.labels import label_loss
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.moments import FisherMoments
 from fitcompress.sensitivity.moving_metric import MovingMetric
@@ -33,6 +35,7 @@ from fitcompress.train import evaluate, finetune
 from fitcompress.versions import __version__, show_versions
 
 __all__ = [
+    "FUSED",
     "Budget",
     "CommandTarget",
     "Compensation",
@@ -60,7 +63,9 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "finetune",
+    "fused_groups",
     "inspect",
+    "label_loss",
     "load",
     "masks",
     "measure",

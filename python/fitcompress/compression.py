@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
-from fitcompress.data.batches import digest, take
+from fitcompress.data.batches import digest, take, tensors
 from fitcompress.errors import BudgetExceededError, FormatError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    import torch
     from torch import nn
 
     from fitcompress.search.problem import Family
@@ -55,8 +54,10 @@ def compress(
 
     Args:
         model: The trained network; unchanged.
-        loader: Yields inputs or (inputs, …) from the training distribution; iterated
-            once, so a generator will do.
+        loader: Yields inputs or (inputs, …) from the training distribution, or mappings
+            of named inputs, as for Hugging Face models; iterated once, so a generator
+            will do. A sample of text is a whole sequence; what its ``attention_mask``
+            leaves out is not measured and not calibrated with.
         budget: The bound.
         method: As for :func:`search`.
         family: As for :func:`search`.
@@ -85,7 +86,9 @@ def compress(
     check_finite(model)
     files = _Files(checkpoint)
     # Once: a second pass of a loader that shuffles would yield others after a kill.
-    inputs = [x for x, _ in take(loader, samples)]
+    given = take(loader, samples)
+    # Labels of sequences may say that positions do not count.
+    inputs = [(x, y) if isinstance(x, dict) else x for x, y in given]
     half = None if samples is None else max(1, samples // 2)
     key = ""
     if checkpoint is not None:
@@ -186,9 +189,9 @@ def _apply(attempt: int) -> str:
 PARTS = ("measure", "sensitivity", *map(_apply, range(RETRIES + 1)))
 
 
-def _digest(inputs: list[torch.Tensor]) -> int:
+def _digest(inputs: list[Any]) -> int:
     """Return the CRC-32 of all inputs and of how they are cut into batches."""
     crc = 0
-    for x in inputs:
+    for x in tensors(inputs):
         crc = digest(x, zlib.crc32(f"{x.dtype}{tuple(x.shape)}".encode(), crc))
     return crc

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fitcompress.errors import CalibrationError
+from fitcompress.model.forward import call_model
 from fitcompress.quantize import (
     ActivationQuantizer,
     MSEObserver,
@@ -53,7 +54,7 @@ def input_bits(plan: Plan) -> dict[str, int]:
 
 @torch.no_grad()
 def quantize_activations(
-    small: nn.Module, bits: dict[str, int], batches: Iterable[torch.Tensor]
+    small: nn.Module, bits: dict[str, int], batches: Iterable[Any]
 ) -> None:
     """Quantize the inputs of layers, in place, with ranges of least squared error.
 
@@ -76,6 +77,6 @@ def quantize_activations(
         quantizers[name] = ActivationQuantizer(number, MSEObserver())
         attach_activation(small.get_submodule(name), quantizers[name])
     for x in batches:
-        small(x)
+        call_model(small, x)
     for quantizer in quantizers.values():
         quantizer.freeze()

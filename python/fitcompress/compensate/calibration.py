@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fitcompress.compensate.outlets import tensors
-from fitcompress.data.batches import take
+from fitcompress.data.batches import (
+    batch_size,
+    floats,
+    join,
+    part,
+    sample_shapes,
+    take,
+    tensors,
+    with_tensors,
+)
 from fitcompress.errors import CalibrationError, NonFiniteError
+from fitcompress.model.devices import device_of
+from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
 from fitcompress.progress import Bar
 from fitcompress.quantize import is_folded
@@ -43,7 +53,12 @@ class Calibration:
         batches: Inputs, on the model's device.
     """
 
-    batches: list[torch.Tensor]
+    batches: list[Any]
+
+    @property
+    def samples(self) -> int:
+        """How many there are in all."""
+        return sum(map(batch_size, self.batches))
 
     @property
     def held_out(self) -> list[bool]:
@@ -52,13 +67,13 @@ class Calibration:
 
     def pilot(self) -> Calibration | None:
         """Return the first few batches, or None if those are most of them."""
-        few: list[torch.Tensor] = []
+        few: list[Any] = []
         samples = 0
         for x in self.batches:
             if samples >= PILOT and len(few) >= HELD_OUT:
                 break
             few.append(x)
-            samples += len(x)
+            samples += batch_size(x)
         return Calibration(few) if 2 * len(few) <= len(self.batches) else None
 
 
@@ -75,22 +90,25 @@ def prepare(
         NonFiniteError: An input is NaN or infinite.
         CalibrationError: The outputs depend on what else is in the batch.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with Bar("apply: reading inputs", samples, enabled=False):
-        given = [x.detach().to(device) for x, _ in take(loader, samples)]
-    for x in given:
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        given = [
+            with_tensors(x, lambda tensor: tensor.detach().to(device))
+            for x, _ in take(loader, samples)
+        ]
+    for x in floats(given):
+        if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(
                 "a calibration input is NaN or infinite",
                 wanted="finite inputs",
                 fix="look for NaN in the calibration data",
             )
     check_independent(model, _first_few(given))
-    if sum(len(x) for x in given) < HELD_OUT:
+    if (found := sum(map(batch_size, given))) < HELD_OUT:
         logger.warning(
             "only %d calibration samples: too few to correct the drift of inputs; a "
             "thousand are plenty",
-            sum(len(x) for x in given),
+            found,
         )
     calibration = Calibration(_cut(given, _largest_input(model, layers, given[0])))
     _compare_norms(model, calibration.pilot() or calibration)
@@ -98,18 +116,19 @@ def prepare(
 
 
 @torch.no_grad()
-def check_independent(model: nn.Module, x: torch.Tensor) -> None:
+def check_independent(model: nn.Module, x: Any) -> None:
     """Raise if the output for a sample depends on the other samples of the batch.
 
     Raises:
         CalibrationError: It does, so that batches cannot be cut.
     """
-    if len(x) < 2:
+    if (samples := batch_size(x)) < 2:
         return
-    half = len(x) // 2
-    whole, part = tensors(model(x)), tensors(model(x[half:].flip(0)))
-    for out, b in zip(whole, part, strict=True):
-        if out.dim() == 0 or len(out) != len(x):
+    half = samples // 2
+    some = part(x, torch.arange(half, samples).flip(0))
+    whole, alone = floats(call_model(model, x)), floats(call_model(model, some))
+    for out, b in zip(whole, alone, strict=True):
+        if out.dim() == 0 or len(out) != samples:
             continue
         a = out[half:].flip(0)
         if a.shape != b.shape or not bool(torch.isfinite(a).all()):
@@ -124,7 +143,7 @@ def check_independent(model: nn.Module, x: torch.Tensor) -> None:
             )
 
 
-def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | None:
+def norm_divergence(model: nn.Module, batches: list[Any]) -> float | None:
     """Return how far inputs are from those that the batch norms have seen.
 
     Mean over channels and norms of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) in nats, with μ̂ and σ̂² of
@@ -155,7 +174,7 @@ def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | No
     try:
         with torch.no_grad():
             for x in batches:
-                model(x)
+                call_model(model, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -177,9 +196,8 @@ def norm_divergence(model: nn.Module, batches: list[torch.Tensor]) -> float | No
 
 
 def _compare_norms(model: nn.Module, calibration: Calibration) -> None:
-    samples = sum(len(x) for x in calibration.batches)
     divergence = norm_divergence(model, calibration.batches)
-    allowed = FOREIGN + 0.5 / samples  # what few samples scatter by
+    allowed = FOREIGN + 0.5 / calibration.samples  # what few samples scatter by
     if divergence is not None and divergence > allowed:
         logger.warning(
             "the calibration inputs do not look like the training data: their means "
@@ -191,18 +209,18 @@ def _compare_norms(model: nn.Module, calibration: Calibration) -> None:
         )
 
 
-def _first_few(given: list[torch.Tensor]) -> torch.Tensor:
+def _first_few(given: list[Any]) -> Any:
     """Return up to four samples of one shape."""
-    alike = [x[:4] for x in given if x.shape[1:] == given[0].shape[1:]]
-    return torch.cat(alike[:4])[:4]
+    shapes = sample_shapes(given[0])
+    alike = [part(x, slice(4)) for x in given if sample_shapes(x) == shapes]
+    return part(join(alike[:4]), slice(4))
 
 
 @torch.no_grad()
-def _largest_input(
-    model: nn.Module, layers: dict[str, nn.Module], x: torch.Tensor
-) -> int:
+def _largest_input(model: nn.Module, layers: dict[str, nn.Module], x: Any) -> int:
     """Return the bytes of the largest input or output of a layer for one sample."""
-    largest = [x[:1].numel() * x.element_size()]
+    one = part(x, slice(1))
+    largest = [t.numel() * t.element_size() for t in tensors(one)]
 
     def look(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
         for t in (*args, out):
@@ -211,25 +229,25 @@ def _largest_input(
 
     handles = [module.register_forward_hook(look) for module in layers.values()]
     try:
-        model(x[:1])
+        call_model(model, one)
     finally:
         for handle in handles:
             handle.remove()
-    return max(largest)
+    return max(largest, default=1)
 
 
-def _cut(given: list[torch.Tensor], sample_bytes: int) -> list[torch.Tensor]:
+def _cut(given: list[Any], sample_bytes: int) -> list[Any]:
     """Cut inputs into batches that do not depend on how the loader cut them.
 
     Where a batch lies within one of the loader's, no copy is made.
     """
-    samples = sum(len(x) for x in given)
+    samples = sum(map(batch_size, given))
     size = min(LARGEST_BATCH, max(1, BATCH_BYTES // max(sample_bytes, 1)))
     size = max(min(size, math.ceil(samples / BATCHES)), math.ceil(samples / PASSES))
-    shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    shapes: dict[Any, list[Any]] = {}
     for x in given:
-        shapes.setdefault(tuple(x.shape[1:]), []).append(x)
-    batches = [part for alike in shapes.values() for part in _regrouped(alike, size)]
+        shapes.setdefault(sample_shapes(x), []).append(x)
+    batches = [cut for alike in shapes.values() for cut in _regrouped(alike, size)]
     if len(batches) > 2 * PASSES:
         every = math.ceil(len(batches) / (2 * PASSES))
         logger.warning(
@@ -242,20 +260,21 @@ def _cut(given: list[torch.Tensor], sample_bytes: int) -> list[torch.Tensor]:
     return batches
 
 
-def _regrouped(given: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+def _regrouped(given: list[Any], size: int) -> list[Any]:
     """Cut inputs of one shape into batches of one size."""
-    batches: list[torch.Tensor] = []
-    parts: list[torch.Tensor] = []
+    batches: list[Any] = []
+    parts: list[Any] = []
     missing = size
     for x in given:
-        rest = x
-        while len(rest):
-            parts.append(rest[:missing])
-            rest = rest[missing:]
-            missing -= len(parts[-1])
+        samples, start = batch_size(x), 0
+        while start < samples:
+            stop = min(start + missing, samples)
+            parts.append(part(x, slice(start, stop)))
+            missing -= stop - start
+            start = stop
             if not missing:
-                batches.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+                batches.append(join(parts))
                 parts, missing = [], size
     if parts:
-        batches.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        batches.append(join(parts))
     return batches

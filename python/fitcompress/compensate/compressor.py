@@ -27,7 +27,7 @@ from fitcompress.compensate.statistics import gather, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.compensate.trust import judge
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import digest, part
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -90,7 +90,9 @@ def apply(
         model: The trained network; unchanged.
         plan: For this model.
         calibrate: Yields inputs or (inputs, …) from the training distribution, without
-            labels; a thousand are plenty.
+            labels, or mappings of named inputs; a thousand are plenty. A sample of text
+            is a whole sequence; positions that its ``attention_mask`` leaves out do not
+            count, and those labelled −100 do, as others read them.
         samples: How many to use, None for all.
         compensation: What compensation does; None for the defaults.
         masks: What masks drop: of every layer the share that its level says, in the
@@ -182,7 +184,7 @@ class Compressor:
             modules = {layer.name: layer.module for layer in self.layers}
             with threads(FIXED):
                 self.calibration = prepare(self.model, modules, calibrate, samples)
-                few = self.calibration.batches[0][:16]
+                few = part(self.calibration.batches[0], slice(16))
                 self._outlets = find_outlets(self._folded, self.layers, few)
         self.attempts = Attempts(checkpoint, self._key())
         self._judging = True
@@ -224,10 +226,7 @@ class Compressor:
         ) as bar:
             if self.calibration is None:
                 for layer in self.layers:
-                    factor = pace.factor(layer.name)
-                    level = scaled(self.plan.levels[layer.name], factor)
-                    levels[layer.name] = level
-                    made = self._rounded(layer, level, self._widening(factor))
+                    made = self._rounded_at_pace(layer, levels, pace)
                     self._attach(small, layer, made)
                     bar.advance(note=layer.name)
             else:
@@ -257,7 +256,13 @@ class Compressor:
         if pilot:  # what is cheap tells the size as well
             drift = DRIFT if options.drift is None else options.drift
             options = replace(options, beam=1, drift=drift)
-        layers = {layer.name: layer for layer in self.layers}
+        for layer in self.layers:
+            if layer.tied:  # used in several places, the first of which comes first
+                nearest = self._rounded_at_pace(layer, levels, pace)
+                self._attach(small, layer, nearest)
+                pace.spent(layer.name, _coded_bytes(nearest.codes))
+                bar.advance(note=layer.name)
+        layers = {layer.name: layer for layer in self.layers if not layer.tied}
         modules = dict(small.named_modules())
         dense = Lockstep(
             self.model, {n: x.module for n, x in layers.items()}, calibration.batches
@@ -290,7 +295,7 @@ class Compressor:
                 trusts.append(made.trust)
                 bar.advance(note=name)
         if self._judging and not pilot:
-            judge(trusts, sum(len(x) for x in calibration.batches))
+            judge(trusts, calibration.samples)
 
     def _quantized(
         self,
@@ -303,7 +308,7 @@ class Compressor:
         widen: float,
     ) -> Quantized:
         """Compensate one layer, given its inputs in both networks."""
-        if layer.one_hot:  # H is diagonal: nothing can make up for an error
+        if layer.rounded_alone:
             return self._rounded(layer, level, widen)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
@@ -332,6 +337,15 @@ class Compressor:
             widen=widen,
             name=layer.name,
         )
+
+    def _rounded_at_pace(
+        self, layer: Layer, levels: dict[str, Level], pace: Pace
+    ) -> Quantized:
+        """Round a layer at the factor of ``pace``, and note its level."""
+        factor = pace.factor(layer.name)
+        level = scaled(self.plan.levels[layer.name], factor)
+        levels[layer.name] = level
+        return self._rounded(layer, level, self._widening(factor))
 
     def _rounded(self, layer: Layer, level: Level, widen: float = 1.0) -> Quantized:
         return rounded(layer, level, self._importance(layer, level), widen)
@@ -362,8 +376,10 @@ class Compressor:
         weight = made.codes.float() * made.scale.reshape(-1, 1)
         q = _largest_code(self.plan.levels[layer.name])
         module = small.get_submodule(layer.name)
-        module.weight = nn.Parameter(torch.empty_like(layer.weight))  # not shared
-        attach_grid(module, WeightGrid(made.scale, q, made.mask), weight)
+        # Not shared with the dense network, but among the same modules as there.
+        module.weight = nn.Parameter(torch.empty_like(layer.weight))
+        tied = [small.get_submodule(name) for name, _ in layer.tied]
+        attach_grid(module, WeightGrid(made.scale, q, made.mask), weight, tied)
 
     def overhead_bytes(self) -> int:
         """Return about what the file takes besides the codes."""

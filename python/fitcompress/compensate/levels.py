@@ -55,7 +55,7 @@ def level_weights(
         PlanMismatchError: The rule is that of another model.
     """
     importance = None if masks is None else importance_of(masks, layer)
-    if options is None or layer.one_hot:
+    if options is None or layer.rounded_alone:
         return [_packed(rounded(layer, level, importance)) for level in levels]
     moments = gather(layer, inputs, inputs)
     made = []

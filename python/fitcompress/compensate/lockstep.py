@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.errors import CalibrationError
+from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
+from fitcompress.model.positions import attention_masks, counted_rows
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -34,12 +36,12 @@ class _AbandonedError(BaseException):
 class _Pass:
     """The forward pass of one batch, in a thread that runs only when resumed."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Any) -> None:
         self.arrival: tuple[str, torch.Tensor] | None = None
         self.error: BaseException | None = None
         self.abandoned = self.finished = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._model, self._x = model, x
+        self._model, self._x, self._masks = model, x, attention_masks(x)
         self._seen: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -52,12 +54,12 @@ class _Pass:
         if self.finished:
             self._thread.join()
 
-    def arrive(self, name: str, x: torch.Tensor) -> None:
+    def arrive(self, name: str, module: nn.Module, x: torch.Tensor) -> None:
         """Called within the pass, before layer ``name`` uses its input ``x``."""
         if name in self._seen:
             return
         self._seen.add(name)
-        self.arrival = (name, x.detach())
+        self.arrival = (name, counted_rows(module, x.detach(), self._masks))
         self._wait()
 
     def owns_this_thread(self) -> bool:
@@ -74,7 +76,7 @@ class _Pass:
         try:
             if not self.abandoned:
                 with torch.no_grad():
-                    self._model(self._x)
+                    call_model(self._model, self._x)
         except _AbandonedError:
             pass
         except BaseException as error:
@@ -98,7 +100,7 @@ class Lockstep:
         self,
         model: nn.Module,
         modules: dict[str, nn.Module],
-        batches: Iterable[torch.Tensor],
+        batches: Iterable[Any],
     ) -> None:
         self._model, self._modules, self._batches = model, modules, list(batches)
         self._passes: list[_Pass] = []
@@ -108,14 +110,14 @@ class Lockstep:
         for name, module in self._modules.items():
 
             def wait(
-                _: nn.Module,
+                module: nn.Module,
                 args: tuple[Any, ...],
                 named: dict[str, Any],
                 name: str = name,
             ) -> None:
                 for waiting in self._passes:
                     if waiting.owns_this_thread():
-                        waiting.arrive(name, layer_input(args, named))
+                        waiting.arrive(name, module, layer_input(args, named))
 
             handle = module.register_forward_pre_hook(wait, with_kwargs=True)
             self._handles.append(handle)
@@ -139,7 +141,8 @@ class Lockstep:
         """Go on to the next new layer.
 
         Returns:
-            Its name and its input for every batch, or None at the end of the network.
+            Its name and its input for every batch, without padding, or None at the end
+            of the network.
 
         Raises:
             CalibrationError: Different batches reach different layers.

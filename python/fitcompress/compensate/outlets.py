@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fitcompress.data.batches import floats
+from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
 from fitcompress.quantize import MOST_DIGITS, is_folded, shorten, to_half
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["Outlet", "find_outlets", "tensors"]
+__all__ = ["Outlet", "find_outlets"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ class Outlet:
 
 
 @torch.no_grad()
-def find_outlets(
-    model: nn.Module, layers: list[Layer], x: torch.Tensor
-) -> dict[str, Outlet]:
+def find_outlets(model: nn.Module, layers: list[Layer], x: Any) -> dict[str, Outlet]:
     """Return the outlet of every layer, seen by running ``x``.
 
     The layer's own bias if it has one; else a norm over the same channels that reads
@@ -100,11 +100,11 @@ def find_outlets(
 
             handle = module.register_forward_pre_hook(take, with_kwargs=True)
             hooks.callback(handle.remove)
-        model(x)
+        call_model(model, x)
     outlets, followers = {}, {}
     for layer in layers:
         outlets[layer.name] = Outlet(None)
-        if len(made[layer.name]) != 1 or layer.one_hot:
+        if len(made[layer.name]) != 1 or layer.rounded_alone:
             continue
         if isinstance(getattr(modules[layer.name], "bias", None), torch.Tensor):
             outlets[layer.name] = Outlet(layer.name)
@@ -129,13 +129,13 @@ def _channels_agree(layer: Layer, out: torch.Tensor, norm: nn.Module) -> bool:
     return dimension == 1 and getattr(norm, "num_features", None) == layer.rows
 
 
-def _sole_readers(model: nn.Module, followers: dict[str, str], x: torch.Tensor) -> bool:
+def _sole_readers(model: nn.Module, followers: dict[str, str], x: Any) -> bool:
     """Whether nothing but these norms reads the outputs of these layers.
 
     Constants are added to the outputs and taken off again where the norms read them:
     the model's outputs do not change unless something else has read them too.
     """
-    before = tensors(model(x))
+    before = floats(call_model(model, x))
     with contextlib.ExitStack() as hooks:
         for name, norm in followers.items():
 
@@ -154,20 +154,9 @@ def _sole_readers(model: nn.Module, followers: dict[str, str], x: torch.Tensor) 
                 take, with_kwargs=True
             )
             hooks.callback(handle.remove)
-        after = tensors(model(x))
+        after = floats(call_model(model, x))
     return len(before) == len(after) and all(
         a.shape == b.shape
         and float((a - b).double().norm()) <= 1e-3 * float(a.double().norm()) + 1e-6
         for a, b in zip(before, after, strict=True)
     )
-
-
-def tensors(out: Any) -> list[torch.Tensor]:
-    """Return the float tensors in a model's output, however nested."""
-    if torch.is_tensor(out):
-        return [out] if out.is_floating_point() else []
-    if isinstance(out, dict):
-        out = list(out.values())
-    if isinstance(out, (list, tuple)):
-        return [tensor for part in out for tensor in tensors(part)]
-    return []

@@ -13,6 +13,7 @@ from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.statistics import gather
 from fitcompress.compensate.target import Normal, solve
+from fitcompress.data.batches import part
 from fitcompress.errors import PlanMismatchError
 from fitcompress.model import check_finite, compressible_layers
 from fitcompress.model.copies import copy_of
@@ -127,7 +128,9 @@ class OutputError:
             batches = prepare(dense, modules, loader, samples).batches
             folded = copy_of(dense)
             fold_norms_(folded)
-            outlets = find_outlets(folded, list(layers.values()), batches[0][:16])
+            outlets = find_outlets(
+                folded, list(layers.values()), part(batches[0], slice(16))
+            )
             found: dict[str, torch.Tensor] = {}
             with (
                 Lockstep(dense, modules, batches) as passes,

@@ -11,53 +11,51 @@ import torch
 from fitcompress.errors import DataError, EmptyLoaderError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
     "Batches",
     "batch_size",
     "digest",
+    "floats",
+    "join",
     "part",
+    "sample_shapes",
     "split_batch",
-    "split_named",
     "take",
     "tensors",
+    "with_tensors",
 ]
 
 
-def split_batch(batch: Any) -> tuple[torch.Tensor, Any]:
-    """Return inputs and targets of a batch: a tensor, or (inputs, targets, …).
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch.
+
+    Inputs are a tensor, or a mapping of named ones, as Hugging Face's data collators
+    yield: :func:`fitcompress.model.forward.call_model` calls a model with either. A
+    batch is inputs alone, or (inputs, targets, …). The ``labels`` of a mapping are its
+    targets, so that the model does not compute a loss of its own. The first dimension
+    is the sample; a sample of text is a whole sequence.
 
     Raises:
         DataError: The batch is something else.
     """
-    if torch.is_tensor(batch):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and batch and torch.is_tensor(batch[0]):
-        return batch[0], batch[1] if len(batch) > 1 else None
+    x, y = batch, None
+    if isinstance(batch, (tuple, list)) and batch:
+        x, y = batch[0], batch[1] if len(batch) > 1 else None
+    if torch.is_tensor(x):
+        return x, y
+    if isinstance(x, Mapping) and any(map(torch.is_tensor, x.values())):
+        named = dict(x)
+        labels = named.pop("labels", None)
+        if named:
+            return named, labels if y is None else y
     raise DataError(
         "a batch of the loader cannot be used",
         got=type(batch).__name__,
-        wanted="a tensor of inputs, or a tuple (inputs, targets)",
+        wanted="a tensor of inputs, a dict of named ones, or a tuple (inputs, targets)",
         fix="wrap the loader so that it yields (inputs, targets)",
     )
-
-
-def split_named(batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch that may also hold named inputs.
-
-    A mapping, as Hugging Face's data collators yield, is called by name; its ``labels``
-    are the targets, so that the model does not compute a loss of its own.
-
-    Raises:
-        DataError: The batch is something else.
-    """
-    if isinstance(batch, Mapping) and batch:
-        named = dict(batch)
-        return named, named.pop("labels", None)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
-        return dict(batch[0]), batch[1] if len(batch) > 1 else None
-    return split_batch(batch)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -70,6 +68,31 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors(item)
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors in nested containers, in their order."""
+    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
+
+
+def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return nested containers, rebuilt, with what ``change`` makes of their tensors.
+
+    All else stays.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: with_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        made = [with_tensors(item, change) for item in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    return value
+
+
+def sample_shapes(x: Any) -> tuple[Any, ...]:
+    """Return the shapes and types of what belongs to one sample of inputs."""
+    return tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors(x))
 
 
 def batch_size(x: Any) -> int:
@@ -95,14 +118,12 @@ def batch_size(x: Any) -> int:
 def take(
     loader: Iterable[Any],
     samples: int | None,
-    split: Callable[[Any], tuple[Any, Any]] = split_batch,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (inputs, targets) until ``samples`` inputs have come, cutting the last.
 
     Args:
         loader: Yields batches.
         samples: How many samples; None for all.
-        split: Batch → (inputs, targets).
 
     Raises:
         EmptyLoaderError: The loader yields nothing.
@@ -112,7 +133,7 @@ def take(
         raise DataError("no sample may be used", got=samples, wanted="at least one")
     seen = 0
     for batch in loader:
-        x, y = split(batch)
+        x, y = split_batch(batch)
         count = batch_size(x)
         if samples is not None and seen + count > samples:
             count = samples - seen
@@ -131,18 +152,33 @@ def take(
         )
 
 
-def digest(x: torch.Tensor, start: int = 0) -> int:
-    """Return the CRC-32 of the values of ``x``, continued from ``start``."""
-    flat = x.detach().cpu().contiguous().reshape(-1)
-    return (
-        zlib.crc32(flat.view(torch.uint8).numpy().data, start) if len(flat) else start
-    )
+def digest(x: Any, start: int = 0) -> int:
+    """Return the CRC-32 of the values of all tensors, continued from ``start``."""
+    for tensor in tensors(x):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if len(flat):
+            start = zlib.crc32(flat.view(torch.uint8).numpy().data, start)
+    return start
 
 
-def part(y: Any, keep: slice) -> Any:
+def join(parts: Sequence[Any]) -> Any:
+    """Return inputs of several batches as those of one; the reverse of :func:`part`.
+
+    What is no tensor with a dimension is taken from the first.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, dict):
+        return {key: join([each[key] for each in parts]) for key in first}
+    return torch.cat(list(parts)) if torch.is_tensor(first) and first.dim() else first
+
+
+def part(y: Any, keep: slice | torch.Tensor) -> Any:
     """Return what belongs to some samples of a batch; containers are cut inside.
 
-    Numbers and tensors without a dimension belong to all of them.
+    Numbers and tensors without a dimension belong to all of them. Other sequences than
+    tensors take slices only.
     """
     if isinstance(y, dict):
         return {key: part(value, keep) for key, value in y.items()}

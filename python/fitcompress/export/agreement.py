@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from fitcompress.data.batches import tensors
 from fitcompress.export.sessions import runner
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.sensitivity.labels import check_logits
-from fitcompress.train.devices import device_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

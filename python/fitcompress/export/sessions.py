@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitcompress.data.batches import split_named, take, tensors
+from fitcompress.data.batches import take, tensors
 from fitcompress.errors import CalibrationError, DataError, MissingDependencyError
-from fitcompress.train.devices import to_device
+from fitcompress.model.devices import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def calibration_inputs(loader: Iterable[Any]) -> list[Any]:
         CalibrationError: All inputs are the same number: a placeholder's.
     """
     place = torch.device("cpu")
-    found = [to_device(x, place) for x, _ in take(loader, SAMPLES, split_named)]
+    found = [to_device(x, place) for x, _ in take(loader, SAMPLES)]
     values = [x for x in tensors(found) if x.numel()]
     if all(bool((x == values[0].flatten()[0]).all()) for x in values):
         raise CalibrationError(

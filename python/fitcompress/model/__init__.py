@@ -3,6 +3,7 @@
 from fitcompress.model.layers import (
     Layer,
     check_finite,
+    check_untied,
     compressible_layers,
     fingerprint,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "Layer",
     "MatrixView",
     "check_finite",
+    "check_untied",
     "compressible_layers",
     "fingerprint",
     "padded_input",

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from fitcompress.data.batches import batch_size
+from fitcompress.model.forward import call_model
 from fitcompress.model.layers import Layer, compressible_layers
 from fitcompress.model.matrix_view import TRANSPOSED
 from fitcompress.model.modes import evaluating
@@ -24,11 +26,12 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     A convolution costs P·O·I (P output positions, O output channels, I inputs of one
     output), a transposed one as many products as it really does: every value of its
     input meets the kernel once for each output channel of its group; an embedding
-    none. A layer that is used twice counts twice.
+    none. A layer that is used twice counts twice, and so does a weight that layers
+    share.
 
     Args:
         model: The network.
-        inputs: One batch, the samples along its first dimension.
+        inputs: Those of one batch, the samples along the first dimension.
 
     Returns:
         Layer name → multiply-accumulates of one sample.
@@ -48,17 +51,20 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
             if isinstance(module, TRANSPOSED):
                 x = layer_input(args, named)
                 macs[layer.name] += x.numel() * math.prod(layer.shape[1:])
-            elif not layer.one_hot:
+            elif not isinstance(module, nn.Embedding):
                 macs[layer.name] += out.numel() * layer.columns
 
-        handles.append(layer.module.register_forward_hook(count, with_kwargs=True))
+        handles += [
+            module.register_forward_hook(count, with_kwargs=True)
+            for module in layer.modules
+        ]
     try:
         with evaluating(model), torch.no_grad():
-            model(inputs)
+            call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: count // len(inputs) for name, count in macs.items()}
+    return {name: count // batch_size(inputs) for name, count in macs.items()}
 
 
 def bops(macs: int, weight_bits: float, activation_bits: float = 32) -> int:

@@ -11,15 +11,29 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fitcompress.errors import NoCompressibleLayerError, NonFiniteError
+from fitcompress.errors import (
+    NoCompressibleLayerError,
+    NonFiniteError,
+    UnsupportedLayerError,
+)
 from fitcompress.model.matrix_view import TRANSPOSED, MatrixView
 
-__all__ = ["Layer", "check_finite", "compressible_layers", "fingerprint"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "Layer",
+    "check_finite",
+    "check_untied",
+    "compressible_layers",
+    "fingerprint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +56,13 @@ class Layer:
         name: Qualified name of the module, as in ``model.named_modules()``.
         module: The module itself; its ``weight`` is what is compressed.
         groups: Groups of a convolution, 1 otherwise.
+        tied: Name and module of every further one with the same weight.
     """
 
     name: str
     module: nn.Module
     groups: int
+    tied: tuple[tuple[str, nn.Module], ...] = ()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -72,6 +88,19 @@ class Layer:
         Its inputs are indices, not numbers: each row is used alone and whole.
         """
         return isinstance(self.module, nn.Embedding)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that use the weight."""
+        return (self.module, *(module for _, module in self.tied))
+
+    @property
+    def rounded_alone(self) -> bool:
+        """Whether no error of a weight can be made up for by others.
+
+        Rows that are looked up have no others, and a shared weight has several inputs.
+        """
+        return self.one_hot or bool(self.tied)
 
     @property
     def rows(self) -> int:
@@ -109,9 +138,11 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
 
     Linear and 1-, 2- and 3-dimensional convolutions, transposed ones included, with any
     stride, padding, dilation and groups; embeddings, unless they renormalise their
-    entries or have sparse gradients. A weight that several modules share is left alone
-    and stays in float, and so do weights with a parametrization such as weight norm,
-    and the projections of ``nn.MultiheadAttention``, which are never called as layers.
+    entries or have sparse gradients. A weight that several modules share, as tied
+    embeddings do, is one layer, named after the first of them; it stays in float if one
+    of them is of another kind. So do weights with a parametrization such as weight
+    norm, and the projections of ``nn.MultiheadAttention``, which are never called as
+    layers.
 
     Args:
         model: The trained network.
@@ -126,13 +157,20 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    layers = []
+    sharing: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, COMPRESSIBLE) or ".parametrizations." in name:
             continue
-        if not _usable(name, module, owners):
+        if _usable(name, module):
+            sharing.setdefault(id(_parameter(module)), []).append((name, module))
+    layers = []
+    for key, found in sharing.items():
+        (name, module), *tied = found
+        views = {(MatrixView.of(each), _groups(each)) for _, each in found}
+        if len(found) < owners[key] or len(views) > 1:
+            logger.info("%s shares its weight with another kind of module", name)
             continue
-        layers.append(Layer(name, module, getattr(module, "groups", 1)))
+        layers.append(Layer(name, module, _groups(module), tuple(tied)))
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise NoCompressibleLayerError(
@@ -144,7 +182,21 @@ def compressible_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
+def _groups(module: nn.Module) -> int:
+    return int(getattr(module, "groups", 1))
+
+
+def _parameter(module: nn.Module) -> torch.Tensor:
+    """Return the parameter behind the weight, the latent one of a weight on a grid."""
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        latent = module.get_submodule("parametrizations.weight").original
+        assert isinstance(latent, torch.Tensor)
+        return latent
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight
+
+
+def _usable(name: str, module: nn.Module) -> bool:
     if isinstance(
         module, NonDynamicallyQuantizableLinear
     ):  # attention reads its weight
@@ -167,10 +219,22 @@ def _usable(name: str, module: nn.Module, owners: dict[int, int]) -> bool:
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS:
         return False
-    if owners[id(weight)] > 1:
-        logger.info("%s shares its weight with another module and stays in float", name)
-        return False
     return weight.numel() > 0
+
+
+def check_untied(layers: Iterable[Layer]) -> None:
+    """Raise if a layer's weight is shared, which few methods can train.
+
+    Raises:
+        UnsupportedLayerError: Names the first one.
+    """
+    for layer in layers:
+        if layer.tied:
+            raise UnsupportedLayerError(
+                f"the weight of {layer.name!r} is shared with {layer.tied[0][0]!r}",
+                wanted="layers with weights of their own for this method",
+                fix="use measure, search and apply, or give each a copy of the weight",
+            )
 
 
 def check_finite(model: nn.Module) -> None:

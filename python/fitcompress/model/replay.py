@@ -67,13 +67,13 @@ class Replay:
         self._restore()
         self._kept = []
 
-    def run_from(self, name: str) -> Any:
-        """Return the model's output, with all before layer ``name`` as it was.
+    def run_from(self, *names: str) -> Any:
+        """Return the model's output, with all before the first of these as it was.
 
         Raises:
-            KeyError: The first pass never reached that layer.
+            KeyError: The first pass never reached one of the layers.
         """
-        self._from = self._first[name]
+        self._from = min(self._first[name] for name in names)
         return self._run()
 
     def _run(self) -> Any:

@@ -7,10 +7,12 @@ a = γ/√(σ²+ε) and c = β − μa. Everything else goes to 16 bits where th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from fitcompress.model.forward import call_model
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -127,7 +129,7 @@ def fold_norms_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+def thaw_norms_(model: nn.Module, batches: Iterable[Any]) -> None:
     """Give folded norms the statistics of their inputs back, in place.
 
     The reverse of :func:`fold_norms_`: outputs in eval mode stay the same, and training
@@ -156,7 +158,7 @@ def thaw_norms_(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     model.eval()
     try:
         for x in batches:
-            model(x)
+            call_model(model, x)
     finally:
         model.train(training)
         for handle in handles:

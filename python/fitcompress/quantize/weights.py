@@ -22,6 +22,8 @@ from fitcompress.quantize.activations import detach_activation
 from fitcompress.quantize.rate import Rate, rate_aware_codes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fitcompress.search.plan import Level
 
 __all__ = ["WeightGrid", "attach_grid", "grid_of", "half_up", "remove", "row_scales"]
@@ -99,13 +101,19 @@ class WeightGrid(nn.Module):
         return f"scales={self.scale.numel()}, max_code={self.max_code or '∞'}{masked}"
 
 
-def attach_grid(module: nn.Module, grid: WeightGrid, weight: torch.Tensor) -> None:
+def attach_grid(
+    module: nn.Module,
+    grid: WeightGrid,
+    weight: torch.Tensor,
+    tied: Iterable[nn.Module] = (),
+) -> None:
     """Put ``module.weight`` on ``grid``.
 
     Args:
         module: Its class tells how its weight is a matrix.
         grid: From now on of this weight.
         weight: The latent value, in the weight's shape or as its matrix.
+        tied: Modules that use the same weight, now and from now on.
     """
     parameter = cast("nn.Parameter", module.weight)
     grid.view = MatrixView.of(module)
@@ -113,8 +121,12 @@ def attach_grid(module: nn.Module, grid: WeightGrid, weight: torch.Tensor) -> No
         weight = grid.view.weight_of(weight, parameter.shape)
     with torch.no_grad():
         parameter.copy_(weight.reshape(parameter.shape).to(parameter.dtype))
-    # unsafe: the op returns the same shape and dtype, a trial call would cost a pass.
-    parametrize.register_parametrization(module, "weight", grid, unsafe=True)
+    others = list(tied)
+    for other in others:
+        other.weight = parameter
+    for each in (module, *others):
+        # unsafe: the op returns the same shape and dtype, a trial would cost a pass.
+        parametrize.register_parametrization(each, "weight", grid, unsafe=True)
 
 
 def grid_of(module: nn.Module) -> WeightGrid | None:
@@ -138,6 +150,7 @@ def remove(model: nn.Module, *, activations: bool = False) -> nn.Module:
     Returns:
         The same model, without parametrizations of this package.
     """
+    seen: dict[int, torch.Tensor] = {}
     for module in list(model.modules()):
         if activations:
             detach_activation(module)
@@ -152,9 +165,13 @@ def remove(model: nn.Module, *, activations: bool = False) -> nn.Module:
                 if k not in ("__dict__", "__weakref__")
             }
             module.__class__ = type(own.__name__, own.__bases__, space)
+            latent = module.get_submodule("parametrizations.weight").original
+            assert isinstance(latent, torch.Tensor)
+            # A shared weight is on its grid from the first of its modules on.
             parametrize.remove_parametrizations(
-                module, "weight", leave_parametrized=True
+                module, "weight", leave_parametrized=id(latent) not in seen
             )
+            seen[id(latent)] = latent
     return model
 
 

@@ -15,11 +15,12 @@ from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.size_fit import Pace
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import batch_size, digest
 from fitcompress.errors import NonFiniteError, OptionError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
 from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted
 from fitcompress.progress import Bar
 from fitcompress.quantize import remove
 from fitcompress.refinement.checks import check_batches, check_layers
@@ -179,7 +180,7 @@ def calibrate(
             "calibrated": {
                 "errors": "compensated" if compensation else "rounded",
                 "temperature": temperature,
-                "samples": sum(len(x) for x in batches[1::2]),
+                "samples": sum(map(batch_size, batches[1::2])),
                 **report,
             },
         },
@@ -219,7 +220,7 @@ def _plans(table: Sensitivity, layers: Sequence[Layer], cells: Cells) -> list[Pl
 def _loss_rises(
     compressor: Compressor,
     plans: list[Plan],
-    measured: list[torch.Tensor],
+    measured: list[Any],
     temperature: float,
     file: ProgressFile,
     *,
@@ -227,13 +228,14 @@ def _loss_rises(
 ) -> tuple[Reals, Reals]:
     """Return KL and softened KL of every plan, [P] each."""
     heats = (1.0, temperature)
+    dense = compressor.model
     before = [
-        [log_probabilities(call_model(compressor.model, x), t) for t in heats]
+        [log_probabilities(call_model(dense, x), t, counted(dense, x)) for t in heats]
         for x in measured
     ]
     rows = sum(len(each[0]) for each in before)
     done, sums = file.load((len(plans), len(heats)))
-    samples = sum(len(x) for x in measured)
+    samples = sum(map(batch_size, measured))
     title = f"calibrate: {len(plans)} plans, {samples} inputs each"
     with Bar(title, len(plans), enabled=progress) as bar:
         bar.advance(done)
@@ -242,7 +244,7 @@ def _loss_rises(
             for x, known in zip(measured, before, strict=True):
                 output = call_model(small, x)
                 for h, t in enumerate(heats):
-                    after = log_probabilities(output, t)
+                    after = log_probabilities(output, t, counted(small, x))
                     sums[number, h] += softened_divergence(known[h], after, t)
             file.save(number + 1, sums)
             bar.advance()

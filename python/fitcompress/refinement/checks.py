@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fitcompress.errors import CalibrationError, PlanMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from fitcompress.model import Layer
     from fitcompress.sensitivity.table import Sensitivity
@@ -35,7 +33,7 @@ def check_layers(sensitivity: Sensitivity, layers: Mapping[str, Layer]) -> None:
         )
 
 
-def check_batches(batches: Sequence[torch.Tensor]) -> None:
+def check_batches(batches: Sequence[Any]) -> None:
     """Raise unless there are inputs to compensate with and others to measure on.
 
     Raises:

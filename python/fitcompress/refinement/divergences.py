@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fitcompress.sensitivity.labels import check_logits, logits_of
+from fitcompress.model.positions import output_rows
+from fitcompress.sensitivity.labels import check_logits
 
 if TYPE_CHECKING:
     from typing import Any
@@ -14,14 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["log_probabilities", "softened_divergence"]
 
 
-def log_probabilities(output: Any, temperature: float) -> torch.Tensor:
+def log_probabilities(
+    output: Any, temperature: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return log softmax(z / τ) of a model's output, float64 [rows, classes].
+
+    Args:
+        output: Of the model.
+        temperature: τ.
+        mask: Positions of sequences that count, see
+            :func:`fitcompress.model.positions.counted`; None for all.
 
     Raises:
         DataError: The output holds no logits.
     """
-    logits = check_logits(logits_of(output)).double()
-    return (logits / temperature).log_softmax(-1).flatten(0, -2)
+    logits = output_rows(check_logits(output), mask).double()
+    return (logits / temperature).log_softmax(-1)
 
 
 def softened_divergence(

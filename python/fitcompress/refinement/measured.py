@@ -13,10 +13,11 @@ from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.levels import level_weights, swapped
 from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.outlets import find_outlets
-from fitcompress.data.batches import digest
+from fitcompress.data.batches import batch_size, digest, part
 from fitcompress.errors import NonFiniteError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
+from fitcompress.model.positions import counted
 from fitcompress.model.replay import Replay
 from fitcompress.progress import Bar
 from fitcompress.quantize import fold_norms_, remove, round_leftovers_
@@ -82,7 +83,9 @@ def measure_levels(
         folded = copy_of(dense)
         fold_norms_(folded)
         round_leftovers_(folded, [layer.weight for layer in layers.values()])
-        outlets = find_outlets(folded, list(layers.values()), batches[0][:16])
+        outlets = find_outlets(
+            folded, list(layers.values()), part(batches[0], slice(16))
+        )
         made = _level_weights(
             dense,
             layers,
@@ -112,7 +115,7 @@ def measure_levels(
             "refined": {
                 "errors": "compensated" if options.compensation else "rounded",
                 "temperature": options.temperature,
-                "samples": sum(len(x) for x in batches[1::2]),
+                "samples": sum(map(batch_size, batches[1::2])),
                 "cells": [list(cell) for cell in cells],
             },
         },
@@ -131,7 +134,7 @@ def _level_weights(
     dense: nn.Module,
     layers: dict[str, Layer],
     outlets: dict[str, Outlet],
-    batches: list[torch.Tensor],
+    batches: list[Any],
     table: Sensitivity,
     cells: list[Cell],
     options: Refinement,
@@ -172,34 +175,36 @@ def _loss_rises(
     folded: nn.Module,
     layers: dict[str, Layer],
     outlets: dict[str, Outlet],
-    batches: list[torch.Tensor],
+    batches: list[Any],
     made: dict[str, list[Quantized]],
     options: Refinement,
     file: ProgressFile,
     progress: bool,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return D̂ of every layer and cell, [L, cells]."""
-    modules = {name: folded.get_submodule(name) for name in layers}
+    names = {name: [name, *(n for n, _ in each.tied)] for name, each in layers.items()}
+    modules = {n: folded.get_submodule(n) for own in names.values() for n in own}
     heats = (1.0, options.temperature)
     count = len(next(iter(made.values())))
     done, sums = file.load((len(heats), len(layers), count))
     total, rows = len(batches) * len(layers) * count, 0
-    passes, samples = len(layers) * count, sum(len(x) for x in batches)
+    passes, samples = len(layers) * count, sum(map(batch_size, batches))
     title = f"refine: {passes} forward passes over {samples} inputs"
     with Bar(title, total, enabled=progress) as bar:
         bar.advance(done * len(layers) * count)
         for number, x in enumerate(batches):
             with Replay(folded, modules, x) as replay:
-                before = [log_probabilities(replay.output, t) for t in heats]
+                mask = counted(folded, x)
+                before = [log_probabilities(replay.output, t, mask) for t in heats]
                 rows += len(before[0])
                 if number < done:
                     continue
                 for i, (name, layer) in enumerate(layers.items()):
                     for k, weights in enumerate(made[name]):
                         with swapped(folded, layer, weights, outlets[name]):
-                            output = replay.run_from(name)
+                            output = replay.run_from(*names[name])
                         for h, t in enumerate(heats):
-                            after = log_probabilities(output, t)
+                            after = log_probabilities(output, t, mask)
                             sums[h, i, k] += softened_divergence(before[h], after, t)
                         bar.advance(note=name)
             file.save(number + 1, sums)

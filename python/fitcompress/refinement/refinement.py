@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate.options import Compensation
-from fitcompress.data.batches import take
+from fitcompress.data.batches import batch_size, take
 from fitcompress.errors import OptionError
 from fitcompress.refinement.anchors import anchors
 from fitcompress.refinement.calibration import LEAST_PLANS, calibrate
@@ -166,7 +166,7 @@ def refine(
     logger.info(
         "refine: %d forward passes over %d samples",
         options.forward_passes(sensitivity),
-        sum(len(x) for x in inputs) // 2,
+        sum(map(batch_size, inputs)) // 2,
     )
     if options.grids:
         sensitivity = measure_levels(

@@ -9,10 +9,10 @@ from fitcompress.data.batches import take
 from fitcompress.errors import PlanMismatchError
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import bops, count_macs, dense_bytes
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.quantize import activations, plan_of
 from fitcompress.search.selection import pareto
 from fitcompress.storage.save_load import coded_weights, layer_bytes, packed_bytes
-from fitcompress.train.devices import device_of
 from fitcompress.train.evaluation import divergence, evaluate
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def report(
     Args:
         model: The dense network.
         small: What ``apply``, ``compress`` or ``load(…, trainable=True)`` returned.
-        loader: Labelled batches to score both on; can be iterated several times.
+        loader: Labelled batches to score both on, as for :func:`evaluate`; can be
+            iterated several times.
         sensitivity: Adds the front of size against predicted loss.
         notes: Further lines to show.
         progress: Show a bar with the time left.
@@ -163,7 +164,7 @@ def report(
             side["accuracy"], side["loss"] = score.accuracy, score.loss
         measured = divergence(model, small, loader, progress=progress)
         inputs, _ = next(take(loader, 1))
-        macs = count_macs(model, inputs.to(device_of(model)))
+        macs = count_macs(model, to_device(inputs, device_of(model)))
         bits = {row.name: row.weight_bits for row in rows}
         inputs = {row.name: row.activation_bits or 32 for row in rows}
         before["bops"] = sum(bops(m, 32) for m in macs.values())

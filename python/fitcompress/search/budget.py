@@ -45,7 +45,8 @@ class Budget:
             of those in float32.
         latency_ms: Milliseconds, by the table that the search is given.
         rules: What single layers may be given.
-        groups: Names of layers that must share grid and sparsity, a tuple a group.
+        groups: Names of layers that must share grid and sparsity, a tuple a group;
+            :func:`fitcompress.fused_groups` finds those that runtimes fuse.
         latency: The same as ``latency_ms`` as ``"4ms"``, or ``"50%"`` of the float
             network's latency in a table of ``measure_latency``; or a number of
             milliseconds.

@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fitcompress.data.batches import (
-    batch_size,
-    digest,
-    part,
-    split_named,
-    take,
-    tensors,
-)
+from fitcompress.data.batches import batch_size, digest, part, take
 from fitcompress.errors import OptionError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, fingerprint
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
+from fitcompress.model.positions import counted
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.checkpoint import load_moments, save_moments
 from fitcompress.sensitivity.fisher import MEMORY, FisherEstimator
@@ -78,9 +72,10 @@ def measure_fisher(
             Hugging Face models, whose ``labels`` are the targets.
         loss_fn: (output, targets) → mean loss of the samples: empirical Fisher. None:
             cross-entropy with labels sampled from the model: true Fisher, no labels
-            needed; positions that an ``attention_mask`` leaves out do not count. The
+            needed; of a sequence, which is one sample, positions that an
+            ``attention_mask`` leaves out or that are labelled −100 do not count. The
             loss of a sample must not depend on the others: a mean over the tokens of
-            sequences of unequal lengths does.
+            sequences of unequal lengths does, and :func:`label_loss` does not.
         diagonal: Measure F beside T.
         activations: Measure T_a of the inputs of layers, too.
         samples: How many samples to use; None for all.
@@ -121,7 +116,7 @@ def measure_fisher(
     check_finite(model)
     if checkpoint is not None:
         check_writable(checkpoint)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_named)
+    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
     key += f"-{diagonal:d}{activations:d}"
     moments = load_moments(checkpoint, key) if checkpoint is not None else None
     estimator = FisherEstimator(
@@ -133,7 +128,7 @@ def measure_fisher(
     )
     found = estimate(
         estimator,
-        take(batches, samples, split_named),
+        take(batches, samples),
         loss_fn,
         samples=samples,
         tolerance=tolerance,
@@ -157,7 +152,6 @@ def estimate_key(
     loss_fn: Any,
     samples: int | None,
     seed: int,
-    split: Callable[[Any], tuple[Any, Any]],
 ) -> tuple[Iterator[Any], str]:
     """Return the loader's batches, and what must be equal to continue a checkpoint."""
     batches, crc = iter(loader), 0
@@ -166,9 +160,8 @@ def estimate_key(
     if not isinstance(loader, (list, tuple)):
         known = first = list(itertools.islice(batches, 1))
         batches = followed(first, batches)
-    for batch in take(known, samples, split):
-        for tensor in tensors(batch):
-            crc = digest(tensor, crc)
+    for batch in take(known, samples):
+        crc = digest(batch, crc)
     labels = "sampled" if loss_fn is None else getattr(loss_fn, "__qualname__", "data")
     weights = fingerprint(model, [])
     return batches, f"{weights}-{labels}-{seed}-{samples}-{crc:08x}"
@@ -207,7 +200,7 @@ def estimate(
             if number == resume and loss_fn is not None:
                 _warn_unless_mean(model, x, y, loss_fn)
             if number >= resume:
-                estimator.update(x, y, loss_fn or sampled(x, seed, number))
+                estimator.update(x, y, loss_fn or sampled(model, x, y, seed, number))
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                     save_moments(checkpoint, estimator.moments, key)
                     saved = time.monotonic()
@@ -252,18 +245,18 @@ def _warn_unless_mean(
         )
 
 
-def sampled(x: Any, seed: int, number: int) -> Callable[[Any, Any], torch.Tensor]:
+def sampled(
+    model: nn.Module, x: Any, y: Any, seed: int, number: int
+) -> Callable[[Any, Any], torch.Tensor]:
     """Return the loss with sampled labels for one batch.
 
-    Seeded by batch, so that a resumed run draws the same labels.
+    Seeded by batch, so that a resumed run draws the same labels. Of sequences, padding
+    and what is labelled −100 do not count.
     """
     rank = torch.distributed.get_rank() if _distributed() else 0
     own = (seed + 65_537 * rank) * 1_000_003 + number
     generator = torch.Generator().manual_seed(own)
-    mask = None
-    if isinstance(x, dict):
-        decoding = "decoder_input_ids" in x
-        mask = x.get("decoder_attention_mask" if decoding else "attention_mask")
+    mask = counted(model, x, y)
     done = 0
 
     def loss(output: Any, _: Any) -> torch.Tensor:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fitcompress.data.batches import batch_size, part
+from fitcompress.data.batches import batch_size, part, sample_shapes
 from fitcompress.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
 from fitcompress.model.forward import call_model
 from fitcompress.sensitivity.capture import capturing
 from fitcompress.sensitivity.moments import FisherMoments
-from fitcompress.sensitivity.probe import Probe, input_shapes, probe
+from fitcompress.sensitivity.probe import Probe, probe
 from fitcompress.sensitivity.run import Run
 from fitcompress.sensitivity.weights import WeightIndex, measured_weights
 
@@ -118,7 +118,7 @@ class FisherEstimator:
                 fix="start again from the last checkpoint",
             )
         batch = batch_size(x)
-        shapes = input_shapes(x)
+        shapes = sample_shapes(x)  # a model may treat others differently
         known = self._probes.get(shapes)
         if known is None or (batch > 1 and known.single):
             known = self._probes[shapes] = probe(self.model, self._index, x, batch)

@@ -1,15 +1,21 @@
-"""Losses for a Fisher estimate: labels drawn from the model itself."""
+"""Losses for a Fisher estimate: of labels, given or drawn from the model itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from fitcompress.errors import DataError, NonFiniteError
+from fitcompress.model.positions import NO_LABEL, aligned_labels, position_shares
 
-__all__ = ["check_logits", "logits_of", "sampled_label_loss"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["check_logits", "label_loss", "logits_of", "sampled_label_loss"]
 
 
 def logits_of(output: Any) -> Any:
@@ -26,13 +32,14 @@ def logits_of(output: Any) -> Any:
 
 
 def check_logits(out: Any) -> torch.Tensor:
-    """Return a model's output if it is a tensor of logits, classes last.
+    """Return the logits in a model's output, see :func:`logits_of`, classes last.
 
     Images, [B, classes, H, W] and more, have their classes moved there.
 
     Raises:
         DataError: It is something else.
     """
+    out = logits_of(out)
     if torch.is_tensor(out) and out.is_floating_point() and out.dim() > 1:
         return out.movedim(1, -1) if out.dim() > 3 else out
     raise DataError(
@@ -41,6 +48,50 @@ def check_logits(out: Any) -> torch.Tensor:
         wanted="a float tensor [samples, …, classes]",
         fix="wrap the model so that it returns its logits",
     )
+
+
+def label_loss(model: nn.Module) -> Callable[[Any, Any], torch.Tensor]:
+    """Return the cross-entropy of labels as a ``loss_fn``, for sequences as well.
+
+        (1/B) Σ_i (1/T_i) Σ_t −log softmax(z_it)[y_it]   in nats
+
+    over the T_i positions of sequence i whose label is not −100. Samples count alike,
+    however long they are, as an exact per-sample Fisher needs it; the ``loss`` of
+    Hugging Face's models is the mean over the tokens of a batch, which is another one.
+
+    Args:
+        model: A causal language model of Hugging Face is compared with the labels of
+            the next positions.
+
+    Returns:
+        (output, labels) → loss. It raises ``DataError`` if they do not fit.
+
+    Example:
+        >>> import torch, fitcompress as fc
+        >>> loss = fc.label_loss(torch.nn.Linear(2, 3))
+        >>> float(loss(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])))
+        1.0986123085021973
+    """
+
+    def loss(output: Any, labels: Any) -> torch.Tensor:
+        logits = check_logits(output).float()
+        y = aligned_labels(model, labels)
+        if not torch.is_tensor(y) or y.shape != logits.shape[:-1]:
+            raise DataError(
+                "the labels do not fit the model's output",
+                got=tuple(y.shape) if torch.is_tensor(y) else type(y).__name__,
+                wanted=tuple(logits.shape[:-1]),
+            )
+        y = y.to(logits.device).long()
+        each = F.cross_entropy(
+            logits.flatten(0, -2), y.flatten(), ignore_index=NO_LABEL, reduction="none"
+        )
+        shares = position_shares(
+            tuple(y.shape), y != NO_LABEL if y.dim() == 2 else None, y.device
+        )
+        return (each * shares.flatten()).sum()
+
+    return loss
 
 
 def sampled_label_loss(
@@ -102,7 +153,7 @@ def sampled_label_loss(
     if not bool((count > 0).all()):
         raise DataError(
             "a sample of the batch has no position that counts",
-            got="an attention_mask of zeros",
+            got="an attention_mask of zeros, or labels that are all −100",
             fix="leave such samples out",
         )
     losses = F.cross_entropy(logits.float(), label, reduction="none")

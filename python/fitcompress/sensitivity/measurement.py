@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fitcompress.data.batches import split_batch, take
+from fitcompress.data.batches import part, take
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
@@ -78,10 +78,12 @@ def measure(
 
     Args:
         model: The trained network; unchanged afterwards.
-        loader: Yields inputs or (inputs, targets).
-        loss_fn: (output, targets) → loss averaged over the batch: empirical Fisher.
+        loader: Yields inputs, (inputs, targets), or mappings of named inputs, whose
+            ``labels`` are the targets. A sample of text is a whole sequence.
+        loss_fn: (output, targets) → loss averaged over the batch: empirical Fisher;
+            for sequences, :func:`label_loss` is one.
             None: cross-entropy with labels sampled from the model: true Fisher, no
-            labels needed.
+            labels needed; padding and positions labelled −100 do not count.
         samples: How many samples to use, None for all.
         grids: Weight grids, each family from fine to coarse. None: 8 … 2 bits and 49
             steps.
@@ -142,16 +144,18 @@ def measure(
     if masks is not None:
         check_rule(rule, layers)
     check_allocation(shared)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed, split_batch)
+    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
     first = list(itertools.islice(batches, 1))
     x, y = next(take(first, samples))
-    macs = count_macs(model, x[:1])
+    macs = count_macs(model, part(x, slice(1)))
     batches = followed(first, batches)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
     key += f"-{names:08x}" + ("-inputs" if bits else "")
     known = _saved(checkpoint, key)
     if bits and known is None:
-        check_inputs(model, layers, x, y, loss_fn or sampled(x[:2], seed, 0))
+        two = part(x, slice(2)), part(y, slice(2))
+        check = loss_fn or sampled(model, *two, seed, 0)
+        check_inputs(model, layers, *two, check)
     del x, y
     again: Iterable[Any] = loader
     once = isinstance(loader, Iterator)  # cannot be read twice

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from fitcompress.data.batches import take
+from fitcompress.data.batches import batch_size, take
 from fitcompress.errors import MemorisedDataWarning, NonFiniteError
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
+from fitcompress.model.positions import NO_LABEL, aligned_labels, counted
 from fitcompress.progress import Bar
-from fitcompress.sensitivity.labels import check_logits, logits_of
+from fitcompress.sensitivity.labels import check_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -157,34 +159,39 @@ def mean_losses(
 
     Returns:
         ``"data"``, unless there are no labels; without ``loss_fn`` also ``"sampled"``,
-        the entropy of the outputs, mean over the positions of a sample.
+        the entropy of the outputs, mean over the positions of a sample that count.
     """
     found = {"data": Mean()} if loss_fn else {"data": Mean(), "sampled": Mean()}
-    device = next(model.parameters()).device
+    device = device_of(model)
     with (
         evaluating(model),
         torch.no_grad(),
         Bar("measure: losses", samples, enabled=progress) as bar,
     ):
         for x, y in take(loader, samples):
-            output = call_model(model, x.to(device))
-            target = y.to(device) if torch.is_tensor(y) else y
+            output = call_model(model, to_device(x, device))
+            target = to_device(y, device)
             if loss_fn is not None:
-                found["data"].add(float(loss_fn(output, target)), len(x))
+                found["data"].add(float(loss_fn(output, target)), batch_size(x))
             else:
-                log = check_logits(logits_of(output)).double().log_softmax(-1)
-                entropy = -(log.exp() * log).sum(-1).reshape(len(log), -1).mean(1)
-                for value in entropy.tolist():
+                log = check_logits(output).double().log_softmax(-1)
+                mask, target = counted(model, x, y), aligned_labels(model, target)
+                entropy = -(log.exp() * log).sum(-1)
+                for value in _sample_means(entropy, mask).tolist():
                     found["sampled"].add(value)
                 if "data" in found and _are_labels(target, log):
                     losses = F.nll_loss(
-                        log.flatten(0, -2), target.flatten(), reduction="none"
-                    )
-                    for value in losses.reshape(len(log), -1).mean(1).tolist():
+                        log.flatten(0, -2),
+                        target.flatten(),
+                        ignore_index=NO_LABEL,
+                        reduction="none",
+                    ).reshape(target.shape)
+                    given = target != NO_LABEL if target.dim() == 2 else None
+                    for value in _sample_means(losses, given).tolist():
                         found["data"].add(value)
                 else:
                     found.pop("data", None)
-            bar.advance(len(x))
+            bar.advance(batch_size(x))
     return found
 
 
@@ -193,5 +200,15 @@ def _are_labels(target: Any, log: torch.Tensor) -> bool:
         torch.is_tensor(target)
         and target.dtype == torch.int64
         and target.shape == log.shape[:-1]
-        and bool(((target >= 0) & (target < log.shape[-1])).all())
+        and bool(
+            (((target >= 0) & (target < log.shape[-1])) | (target == NO_LABEL)).all()
+        )
     )
+
+
+def _sample_means(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of each sample over its positions that count, [B]."""
+    if mask is None or mask.shape != values.shape:
+        return values.reshape(len(values), -1).mean(1)
+    kept = mask.to(values.device)
+    return torch.where(kept, values, 0.0).sum(1) / kept.sum(1).clamp_min(1)

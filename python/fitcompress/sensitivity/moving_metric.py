@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fitcompress import ops
-from fitcompress.data.batches import split_batch, take
+from fitcompress.data.batches import take
 from fitcompress.errors import OptionError, PlanMismatchError
 from fitcompress.model import compressible_layers
 from fitcompress.model.modes import evaluating
@@ -90,7 +90,7 @@ class MovingMetric:
                 got=f"layers that differ, such as {', '.join(differing[:3])}",
                 fix="measure this model again",
             )
-        self._batches = [(x, y) for x, y in take(iter(batches), samples, split_batch)]
+        self._batches = list(take(iter(batches), samples))
         self._samples, self._memory, self._seed = samples, memory, seed
         self._known: dict[tuple[int, ...], Steps] = {}
         self.kind = kind

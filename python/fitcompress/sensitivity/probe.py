@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fitcompress.sensitivity.calls import Call
     from fitcompress.sensitivity.weights import Weight, WeightIndex
 
-__all__ = ["Place", "Probe", "input_shapes", "probe"]
+__all__ = ["Place", "Probe", "probe"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,6 @@ class _Seen:
     saved: dict[int, int] = field(default_factory=dict)  # address → bytes
     irregular: bool = False
     stale: bool = False
-
-
-def input_shapes(x: Any) -> tuple[Any, ...]:
-    """Return the shapes of a sample's inputs: a model may treat others differently."""
-    return tuple((t.shape[1:], t.dtype) for t in tensors(x))
 
 
 def probe(model: nn.Module, index: WeightIndex, x: Any, batch: int) -> Probe:

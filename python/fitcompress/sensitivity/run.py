@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fitcompress.data.batches import with_tensors
 from fitcompress.errors import NonFiniteError, UnsupportedLayerError
 from fitcompress.sensitivity.capture import Capture
 from fitcompress.sensitivity.contraction import (
@@ -91,16 +92,13 @@ class Run:
 
     def inputs(self, x: Any) -> Any:
         """Return the inputs cut off from any graph, differentiable if that is asked."""
-        if isinstance(x, dict):
-            return {key: self.inputs(value) for key, value in x.items()}
-        if isinstance(x, (tuple, list)):
-            cut = [self.inputs(value) for value in x]
-            return type(x)(*cut) if hasattr(x, "_fields") else type(x)(cut)
-        if not isinstance(x, torch.Tensor):
-            return x
-        x = x.detach()
-        wanted = self._watching and x.is_floating_point()
-        return self.capture.anchored(x.clone()) if wanted else x
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            wanted = self._watching and tensor.is_floating_point()
+            tensor = tensor.detach()
+            return self.capture.anchored(tensor.clone()) if wanted else tensor
+
+        return with_tensors(x, cut)
 
     def _caught(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         assert call.input is not None

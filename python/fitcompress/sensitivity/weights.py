@@ -84,7 +84,7 @@ def measured_weights(
             Weight(
                 layer.name,
                 layer.shape,
-                ((layer.module, "weight"),),
+                tuple((module, "weight") for module in layer.modules),
                 nn.utils.parametrize.is_parametrized(layer.module, "weight"),
             )
             for layer in layers

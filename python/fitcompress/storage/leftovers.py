@@ -70,15 +70,18 @@ def leftovers_of(model: nn.Module) -> Leftovers:
 
 
 def _other_names(model: nn.Module) -> dict[str, str]:
-    """Return the keys of coded weights under the further names of a shared module."""
+    """Return the keys of coded weights under further names.
+
+    Of modules that have several, or that share the weight.
+    """
     first: dict[nn.Module, str] = {}
     others = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if grid_of(module) is None:
+        if (grid := grid_of(module)) is None:
             continue
         key = f"{name}.weight" if name else "weight"
-        if first.setdefault(module, key) != key:
-            others[key] = first[module]
+        if first.setdefault(grid, key) != key:
+            others[key] = first[grid]
     return others
 
 

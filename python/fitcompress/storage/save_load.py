@@ -248,7 +248,8 @@ def load(
             grid = WeightGrid(weight.scale, q, mask)
             module = layers[name].module
             latent = layers[name].weight.detach()
-            attach_grid(module, grid.to(latent.device), latent)
+            tied = [each for _, each in layers[name].tied]
+            attach_grid(module, grid.to(latent.device), latent, tied)
         attach_plan(model, packed.plan)
     return model
 

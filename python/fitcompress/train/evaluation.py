@@ -12,10 +12,17 @@ import torch.nn.functional as F
 
 from fitcompress.data.batches import take
 from fitcompress.errors import DataError, NonFiniteError
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
+from fitcompress.model.positions import (
+    NO_LABEL,
+    aligned_labels,
+    counted,
+    output_rows,
+)
 from fitcompress.progress import track
 from fitcompress.sensitivity.labels import check_logits
-from fitcompress.train.devices import device_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +39,7 @@ class Score:
     Attributes:
         accuracy: Share of correct labels, per cent.
         loss: Mean cross-entropy, nats.
-        samples: How many were scored.
+        samples: How many labels were scored: of sequences, positions.
     """
 
     accuracy: float
@@ -45,12 +52,14 @@ def evaluate(
 ) -> Score:
     """Return accuracy and loss of ``model`` on labelled batches.
 
+    Means over labels: of sequences, over their positions without those labelled −100;
+    a causal language model of Hugging Face is scored on the labels of next positions.
     Batches are moved to the device of the model's first parameter; the mode of every
     module is left as it was.
 
     Args:
         model: Its output are logits, classes along the last dimension.
-        loader: Yields (inputs, labels).
+        loader: Yields (inputs, labels), or mappings of named inputs and ``labels``.
         progress: Show a bar with the time left.
 
     Raises:
@@ -62,18 +71,21 @@ def evaluate(
     device, total = device_of(model), length_of(loader)
     with evaluating(model), torch.no_grad():
         for x, y in track(take(loader, None), "evaluate", total, enabled=progress):
-            out = check_logits(model(x.to(device))).float()
-            labels = _labels(to_device(y, device), out)
-            out = out.reshape(-1, out.shape[-1])
+            out = check_logits(call_model(model, to_device(x, device))).float()
+            labels = _labels(aligned_labels(model, to_device(y, device)), out)
+            out = out.flatten(0, -2)[labels != NO_LABEL]
+            labels = labels[labels != NO_LABEL]
             right += int((out.argmax(-1) == labels).sum())
             loss += float(F.cross_entropy(out, labels, reduction="sum"))
-            samples += labels.numel()
+            samples += len(labels)
     if not math.isfinite(loss):
         raise NonFiniteError(
             "the loss is not finite",
             got=loss,
             fix="look for NaN in the data and the weights",
         )
+    if not samples:
+        raise DataError("no position has a label", got=f"only {NO_LABEL}")
     return Score(100 * right / samples, loss / samples, samples)
 
 
@@ -89,13 +101,15 @@ def divergence(
 
         mean over samples of KL(p ‖ q),  p = softmax(dense(x)), q = softmax(small(x))
 
+    Of sequences, the mean over positions, without padding, by an ``attention_mask``,
+    and without those labelled −100.
     Batches are moved to the devices of the models; the mode of every module is left as
     it was.
 
     Args:
         dense: The reference; its output are logits, classes along the last dimension.
         small: The model that is compared with it.
-        loader: Yields inputs or (inputs, …).
+        loader: Yields inputs or (inputs, …), or mappings of named ones.
         samples: How many inputs to use; None for all.
         progress: Show a bar with the time left.
 
@@ -106,20 +120,24 @@ def divergence(
     total, count, length = 0.0, 0, length_of(loader) if samples is None else None
     places = device_of(dense), device_of(small)
     with evaluating(dense), evaluating(small), torch.no_grad():
-        for x, _ in track(take(loader, samples), "compare", length, enabled=progress):
-            p, q = check_logits(dense(x.to(places[0]))), small(x.to(places[1]))
-            if check_logits(q).shape != p.shape:
+        for x, y in track(take(loader, samples), "compare", length, enabled=progress):
+            p, q = (
+                check_logits(call_model(each, to_device(x, place)))
+                for each, place in ((dense, places[0]), (small, places[1]))
+            )
+            if q.shape != p.shape:
                 raise DataError(
                     "the two models have different outputs",
                     got=tuple(q.shape),
                     wanted=tuple(p.shape),
                     fix="compare a compressed model with the one it was made from",
                 )
-            p = p.to(q.device).float().log_softmax(-1)
-            q = q.float().log_softmax(-1)
+            mask = counted(dense, x, y)
+            p = output_rows(p, mask).to(q.device).float().log_softmax(-1)
+            q = output_rows(q, mask).float().log_softmax(-1)
             total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
-            count += p.numel() // p.shape[-1]
-    return total / count
+            count += len(p)
+    return total / max(count, 1)
 
 
 def _labels(y: Any, out: torch.Tensor) -> torch.Tensor:
@@ -132,10 +150,11 @@ def _labels(y: Any, out: torch.Tensor) -> torch.Tensor:
             got="none" if y is None else got,
             wanted=f"(inputs, labels) with whole numbers {tuple(out.shape[:-1])}",
         )
-    if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    given = y[y != NO_LABEL]
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
         raise DataError(
             "a label is no class of the model",
-            got=f"{int(y.min())} … {int(y.max())}",
+            got=f"{int(given.min())} … {int(given.max())}",
             wanted=f"0 … {classes - 1}",
             fix="use the data set that the model was trained for",
         )

@@ -22,7 +22,10 @@ from fitcompress.errors import (
 )
 from fitcompress.files import check_writable
 from fitcompress.model.costs import dense_bytes
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
 from fitcompress.model.layers import fingerprint
+from fitcompress.model.positions import counted
 from fitcompress.quantize import (
     activations,
     attach_plan,
@@ -36,7 +39,6 @@ from fitcompress.quantize.leftovers import FOLDABLE, is_folded, thaw_norms_
 from fitcompress.search import Budget
 from fitcompress.storage.save_load import packed_bytes
 from fitcompress.threads import FIXED, threads
-from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.evaluation import divergence
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
@@ -119,6 +121,9 @@ def finetune(
         T² KL(teacher ‖ small) at temperature T = 4, if there is a teacher, plus
         loss_fn(output, targets), if given.
 
+    A sample of text is a whole sequence, and has the mean over its positions; padding,
+    by an ``attention_mask``, and what is labelled −100 teach nothing.
+
     Steps of quantized activations are learnt along with the weights (LSQ).
 
     Weights in 16 bits are trained as float32 copies. Batches are moved to the device of
@@ -126,8 +131,9 @@ def finetune(
 
     Args:
         small: What ``apply``, ``compress`` or ``load(trainable=True)`` returned.
-        loader: Yields inputs or (inputs, targets), the same for the same epoch; if it
-            has an attribute ``epoch``, that is set before each pass.
+        loader: Yields inputs, (inputs, targets), or mappings of named inputs with their
+            ``labels``, the same for the same epoch; if it has an attribute ``epoch``,
+            that is set before each pass.
         loss_fn: (output, targets) → loss averaged over the batch.
         epochs: Passes over the loader.
         teacher: The dense model, whose outputs are the targets.
@@ -293,7 +299,7 @@ class _Trainer:
         if not batch_norms:
             return
         inputs = take(one_pass(self.loader, 0), NORM_SAMPLES)
-        thaw_norms_(self.small, (x.to(self.device) for x, _ in inputs))
+        thaw_norms_(self.small, (to_device(x, self.device) for x, _ in inputs))
         for norm in self.small.modules():
             if not isinstance(norm, FOLDABLE) or norm.running_mean is None:
                 continue
@@ -336,18 +342,18 @@ class _Trainer:
         if step % CONTROL_EVERY == 0:
             self.rate.adjust(min(1.0, share / RAMP))
         x, y = split_batch(batch)
-        loss = self._loss(x.to(self.device), to_device(y, self.device))
+        loss = self._loss(to_device(x, self.device), to_device(y, self.device))
         value = finite_value(loss, step)
         self._update(loss)
         return value
 
-    def _loss(self, x: torch.Tensor, y: Any) -> torch.Tensor:
+    def _loss(self, x: Any, y: Any) -> torch.Tensor:
         self._train_mode()
-        out, loss = self.small(x), torch.zeros((), device=self.device)
+        out, loss = call_model(self.small, x), torch.zeros((), device=self.device)
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(x)
-            loss = loss + distillation_loss(out, wanted)
+                wanted = call_model(self.teacher, x)
+            loss = loss + distillation_loss(out, wanted, counted(self.teacher, x, y))
         return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
 
     def _update(self, loss: torch.Tensor) -> None:
@@ -376,7 +382,9 @@ class _Trainer:
         """Fold the norms, with statistics of the final weights, and meet the limit."""
         self.rate.adjust()
         inputs = take(one_pass(self.loader, self.epochs), NORM_SAMPLES)
-        estimate_norms_(self.small, self.norms, (x.to(self.device) for x, _ in inputs))
+        estimate_norms_(
+            self.small, self.norms, (to_device(x, self.device) for x, _ in inputs)
+        )
         self.small.eval()
         fold_norms_(self.small)
         round_leftovers_(self.small, list(self.scales))

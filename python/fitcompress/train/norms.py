@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fitcompress.model.forward import call_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -18,7 +20,7 @@ NORM_SAMPLES = 4096
 
 
 def estimate_norms_(
-    model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor]
+    model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Any]
 ) -> None:
     """Average the statistics of ``norms`` over batches, in place.
 
@@ -40,6 +42,6 @@ def estimate_norms_(
         norm.train()
     with torch.no_grad():
         for x in batches:
-            model(x)
+            call_model(model, x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from fitcompress.files import check_writable, write_atomically
+from fitcompress.model.devices import device_of
 from fitcompress.model.layers import fingerprint
 from fitcompress.quantize.rate import Rate
-from fitcompress.train.devices import device_of
 
 if TYPE_CHECKING:
     import os

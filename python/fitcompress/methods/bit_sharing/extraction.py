@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import overhead_bytes
+from fitcompress.model.forward import call_model
 from fitcompress.quantize import remove
 from fitcompress.search.plan import Level, Plan
 from fitcompress.sensitivity.kept_filters import removed_share
@@ -56,7 +57,7 @@ def float_network(
             norm.momentum = None  # cumulative average
             norm.train()
         for x in inputs:
-            dense(x)
+            call_model(dense, x)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return dense.eval()

@@ -20,8 +20,8 @@ from fitcompress.methods.bit_sharing.network import build_network
 from fitcompress.methods.bit_sharing.shared_bits import Ladder
 from fitcompress.methods.bit_sharing.training import Trainer
 from fitcompress.model import check_finite
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.threads import FIXED, threads
-from fitcompress.train.devices import device_of
 
 if TYPE_CHECKING:
     import os
@@ -211,7 +211,7 @@ class BitSharing:
         found.fit(limit)
         device = device_of(model)
         passing = take(trainer.pass_of(self.epochs), NORM_SAMPLES)
-        inputs = [x.to(device) for x, _ in passing]
+        inputs = [to_device(x, device) for x, _ in passing]
         dense = float_network(model, network, inputs)
         details = {
             "ladder": list(self.ladder),

@@ -20,12 +20,13 @@ from fitcompress.methods.bit_sharing.layers import (
     share_layer,
 )
 from fitcompress.methods.bit_sharing.shared_bits import Ladder
-from fitcompress.model import Layer, compressible_layers
+from fitcompress.model import Layer, check_untied, compressible_layers
 from fitcompress.model.costs import bops, count_macs
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.model.patches import layer_input
 from fitcompress.quantize import MSEObserver, channel_of, remove
-from fitcompress.train.devices import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -85,9 +86,12 @@ def build_network(
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     layers = compressible_layers(student)
+    check_untied(layers)
     _check_types(layers)
     device = device_of(student)
-    inputs = [x.to(device) for x, _ in islice(take(loader, None), CALIBRATION_BATCHES)]
+    inputs = [
+        to_device(x, device) for x, _ in islice(take(loader, None), CALIBRATION_BATCHES)
+    ]
     macs = count_macs(student, inputs[0])
     order, ranges = _observe(student, layers, inputs, ladder)
     fixed = {order[0], order[-1]}
@@ -169,7 +173,7 @@ def _observe(
     try:
         with evaluating(model), torch.no_grad():
             for x in inputs:
-                model(x)
+                call_model(model, x)
     finally:
         for handle in handles:
             handle.remove()

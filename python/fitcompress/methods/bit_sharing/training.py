@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from fitcompress.data.batches import digest, split_batch, take
 from fitcompress.errors import DataError, EmptyLoaderError, NonFiniteError
 from fitcompress.methods.bit_sharing.expected_cost import expected_bops
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted, output_rows
 from fitcompress.progress import Bar
 from fitcompress.sensitivity.labels import check_logits
-from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.evaluation import length_of
 from fitcompress.train.training_state import TrainingState
 
@@ -171,7 +173,7 @@ class Trainer:
         return self.loader
 
     def _inputs(self, epoch: int = 0) -> Iterable[Any]:
-        return (x.to(self.device) for x, _ in take(self.pass_of(epoch), None))
+        return (to_device(x, self.device) for x, _ in take(self.pass_of(epoch), None))
 
     def run(
         self, checkpoint: str | os.PathLike[str] | None, key: str, *, progress: bool
@@ -223,8 +225,8 @@ class Trainer:
                 group["lr"] = group["peak"] * cosine
         self.network.model.train()
         x, y = split_batch(batch)
-        x = x.to(self.device)
-        out = check_logits(self.network.model(x))
+        x = to_device(x, self.device)
+        out = check_logits(call_model(self.network.model, x))
         loss = self._loss(x, out, to_device(y, self.device))
         if not math.isfinite(float(loss.detach())):
             raise NonFiniteError(
@@ -244,9 +246,10 @@ class Trainer:
         self.price.adjust(step, found)
         return float(loss.detach()), found
 
-    def _loss(self, x: torch.Tensor, out: torch.Tensor, y: Any) -> torch.Tensor:
+    def _loss(self, x: Any, out: torch.Tensor, y: Any) -> torch.Tensor:
         """Return the cross-entropy, or T² KL(teacher ‖ student) at T = 4."""
-        out = out.float().reshape(-1, out.shape[-1])
+        mask = None if self.teacher is None else counted(self.teacher, x, y)
+        out = output_rows(out.float(), mask)
         if self.teacher is None:
             if not torch.is_tensor(y) or y.is_floating_point() or y.numel() != len(out):
                 raise DataError(
@@ -257,7 +260,8 @@ class Trainer:
                 )
             return F.cross_entropy(out, y.reshape(-1).long())
         with torch.no_grad():
-            wanted = self.teacher(x).float().reshape(out.shape) / TEMPERATURE
+            wanted = check_logits(call_model(self.teacher, x)).float()
+            wanted = output_rows(wanted, mask) / TEMPERATURE
         soft = F.kl_div(
             (out / TEMPERATURE).log_softmax(-1),
             wanted.log_softmax(-1),
@@ -276,7 +280,7 @@ class Trainer:
         for number, x in enumerate(self._inputs(self.options.epochs)):
             if number == batches:
                 break
-            self.network.model(x)
+            call_model(self.network.model, x)
             for layer in asking:
                 assert layer.inputs is not None
                 assert layer.inputs.found is not None

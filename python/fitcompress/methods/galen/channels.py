@@ -18,8 +18,8 @@ from fitcompress.methods.galen.surgery import (
     prune_channels,
 )
 from fitcompress.model import compressible_layers
+from fitcompress.model.devices import to_device
 from fitcompress.model.forward import call_model
-from fitcompress.train.devices import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -8,7 +8,12 @@ import torch
 
 from fitcompress.data.batches import digest
 from fitcompress.errors import DataError, OptionError
-from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.model import (
+    check_finite,
+    check_untied,
+    compressible_layers,
+    fingerprint,
+)
 from fitcompress.quantize import grid_of
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ def check_input(model: nn.Module, example: object) -> None:
         DataError: The example is no tensor with a batch.
         OptionError: The model is compressed already, or not in float32.
         NonFiniteError: A weight is NaN or infinite.
+        UnsupportedLayerError: Layers share a weight.
     """
     if not torch.is_tensor(example) or not example.dim() or not len(example):
         raise DataError(
@@ -56,6 +62,7 @@ def check_input(model: nn.Module, example: object) -> None:
                 fix="pass the network from before compression",
             )
     check_finite(model)
+    check_untied(compressible_layers(model))
     for layer in compressible_layers(model):
         if layer.weight.dtype != torch.float32:
             raise OptionError(

@@ -30,9 +30,9 @@ from fitcompress.methods.galen.sensitivities import (
 )
 from fitcompress.methods.galen.stopwatch import Stopwatch
 from fitcompress.methods.galen.walk import make_walk
+from fitcompress.model.devices import device_of
 from fitcompress.quantize import plan_of
 from fitcompress.threads import FIXED, threads
-from fitcompress.train.devices import device_of
 from fitcompress.train.loop import one_pass
 from fitcompress.train.norms import NORM_SAMPLES
 

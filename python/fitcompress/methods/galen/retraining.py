@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcompress.data.batches import take
+from fitcompress.model.devices import device_of
 from fitcompress.model.forward import call_model
 from fitcompress.quantize.activations import activations
 from fitcompress.quantize.leftovers import FOLDABLE
-from fitcompress.train.devices import device_of
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import estimate_norms_

@@ -14,10 +14,15 @@ from fitcompress.errors import DataError, OptionError
 from fitcompress.files import check_writable
 from fitcompress.methods.pruning_ternary.result import compressed_copy, finish_
 from fitcompress.methods.pruning_ternary.training import TernaryTraining
-from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.model import (
+    check_finite,
+    check_untied,
+    compressible_layers,
+    fingerprint,
+)
+from fitcompress.model.devices import device_of, to_device
 from fitcompress.quantize import grid_of
 from fitcompress.threads import FIXED, threads
-from fitcompress.train.devices import device_of
 from fitcompress.train.loop import one_pass
 
 if TYPE_CHECKING:
@@ -167,7 +172,7 @@ class PruningTernary:
             small = compressed_copy(model, training.model)
             training.estimate_norms(small)
             x, _ = next(take(one_pass(loader, 0), 1))
-            finish_(small, x.to(training.device), details)
+            finish_(small, to_device(x, training.device), details)
         if checkpoint is not None:
             check_writable(checkpoint).unlink(missing_ok=True)
         return small
@@ -175,6 +180,7 @@ class PruningTernary:
     def _check(self, model: nn.Module) -> None:
         layers = compressible_layers(model)
         check_finite(model)
+        check_untied(layers)
         for layer in layers:
             if grid_of(layer.module) is not None:
                 raise OptionError(

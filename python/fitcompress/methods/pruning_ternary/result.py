@@ -70,7 +70,7 @@ def compressed_copy(dense: nn.Module, trained: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def finish_(small: nn.Module, x: torch.Tensor, details: Mapping[str, Any]) -> None:
+def finish_(small: nn.Module, x: Any, details: Mapping[str, Any]) -> None:
     """Fold and round what is on no grid, and attach the plan, in place.
 
     Args:

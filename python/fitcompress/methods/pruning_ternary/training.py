@@ -18,11 +18,13 @@ from fitcompress.methods.pruning_ternary.ternary import (
     unit_rows,
 )
 from fitcompress.model import compressible_layers
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.forward import call_model
+from fitcompress.model.positions import counted
 from fitcompress.quantize import WeightGrid, attach_grid, row_scales
 from fitcompress.quantize.leftovers import FOLDABLE
 from fitcompress.search.plan import Level
 from fitcompress.sensitivity.table import Grid
-from fitcompress.train.devices import device_of, to_device
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
@@ -166,7 +168,7 @@ class TernaryTraining:
         names = [n for n, m in self.model.named_modules() if m in set(self.norms)]
         norms: Any = [model.get_submodule(name) for name in names]
         inputs = take(one_pass(self.loader, self.options.epochs), NORM_SAMPLES)
-        estimate_norms_(model, norms, (x.to(self.device) for x, _ in inputs))
+        estimate_norms_(model, norms, (to_device(x, self.device) for x, _ in inputs))
 
     def cosines(self) -> dict[str, float]:
         """Return the mean cosine of latent and ternary filters of every layer."""
@@ -183,7 +185,7 @@ class TernaryTraining:
             group["lr"] = group["share"] * rate
         self._update_masks(step)
         x, y = split_batch(batch)
-        loss = self._loss(x.to(self.device), to_device(y, self.device))
+        loss = self._loss(to_device(x, self.device), to_device(y, self.device))
         value = finite_value(loss, step)
         self.optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:  # with frozen codes there may be nothing else to train
@@ -201,13 +203,13 @@ class TernaryTraining:
                 held.mask.copy_(mask)
             held.frozen = frozen
 
-    def _loss(self, x: torch.Tensor, y: Any) -> torch.Tensor:
+    def _loss(self, x: Any, y: Any) -> torch.Tensor:
         self.model.train()
-        out, loss = self.model(x), torch.zeros((), device=self.device)
+        out, loss = call_model(self.model, x), torch.zeros((), device=self.device)
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(x)
-            loss = loss + distillation_loss(out, wanted)
+                wanted = call_model(self.teacher, x)
+            loss = loss + distillation_loss(out, wanted, counted(self.teacher, x, y))
         return loss if self.loss_fn is None else loss + self.loss_fn(out, y)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fitcompress.data.batches import with_tensors
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -21,11 +23,4 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Return ``value`` with its tensors on ``device``; containers are rebuilt."""
-    if torch.is_tensor(value):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        moved = [to_device(item, device) for item in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    return value
+    return with_tensors(value, lambda tensor: tensor.to(device))

@@ -9,8 +9,8 @@ from conftest import build_tiny_net
 from fitcompress.errors import OptionError, PlanMismatchError, UnsupportedLayerError
 from fitcompress.methods import prune_channels
 from fitcompress.methods.galen import channels as channels_module
-from fitcompress.methods.galen.channels import (
-    channel_groups,
+from fitcompress.methods.galen.channels import channel_groups
+from fitcompress.methods.galen.groups import (
     kept_channels,
     strongest,
     without_channels,

@@ -14,6 +14,7 @@ from fitcompress.versions import __version__
 
 __all__ = [
     "AugmentOption",
+    "ChannelsOption",
     "DataOption",
     "DatasetOption",
     "JsonOption",
@@ -44,6 +45,14 @@ ModelOption = Annotated[
         "--model",
         help="package.module:factory (called without arguments), or a built-in: "
         "digits, resnet18, resnet20, resnet56.",
+    ),
+]
+ChannelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--channels",
+        help="Plan of `run galen`: the packed file is of the model without some of its "
+        "channels.",
     ),
 ]
 WeightsOption = Annotated[

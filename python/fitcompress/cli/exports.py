@@ -7,6 +7,7 @@ import torch
 import typer
 
 from fitcompress.cli.app import (
+    ChannelsOption,
     DataOption,
     JsonOption,
     ModelOption,
@@ -33,6 +34,7 @@ def export(
     shape: Annotated[
         str, typer.Option(help='Shape of one input, without the batch: "3,32,32".')
     ],
+    channels: ChannelsOption = None,
     onnx: Annotated[Path, typer.Option("--onnx", help="ONNX file to write.")] = Path(
         "small.onnx"
     ),
@@ -67,7 +69,7 @@ def export(
     """Write a packed file as ONNX, with integer weights, for other runtimes."""
     prepare(json, onnx, inputs=[packed])
     dtype = torch.int64 if indices else torch.float32
-    network, loader = build_model(model), None
+    network, loader = build_model(model, channels), None
     if integer_sums is not None:
         source = load_dataset(integer_sums, data)
         check_data(network, source)

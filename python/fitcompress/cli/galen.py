@@ -108,6 +108,20 @@ def galen(
     round_to: Annotated[
         int, typer.Option(min=1, help="Keep channels in multiples of this.")
     ] = USUAL.round_to,
+    most_bits: Annotated[
+        int,
+        typer.Option(
+            help="Largest of mixed widths; 7 for the weights of int8 layers on "
+            "processors whose sums saturate (AVX2 without VNNI)."
+        ),
+    ] = USUAL.most_bits,
+    beta: Annotated[
+        float,
+        typer.Option(help="What a relative miss costs, at most 0."),
+    ] = USUAL.beta,
+    integer_sums: Annotated[
+        bool, typer.Option("--integer-sums", help="Time sums of shortcuts in 8 bits.")
+    ] = False,
     command: Annotated[
         str | None,
         typer.Option(
@@ -148,11 +162,13 @@ def galen(
         one_sided=one_sided,
         integers=integers.value,
         round_to=round_to,
+        most_bits=most_bits,
+        beta=beta,
     )
     clock = (
-        OnnxRuntimeTarget(threads=threads, batch=batch)
+        OnnxRuntimeTarget(threads=threads, batch=batch, integer_sums=integer_sums)
         if command is None
-        else CommandTarget(command, batch=batch)
+        else CommandTarget(command, batch=batch, integer_sums=integer_sums)
     )
     network = trained_model(model, weights)
     source = load_dataset(dataset, data)
@@ -169,6 +185,7 @@ def galen(
     found.save(plan)
     size, dense = save(small, out), dense_bytes(network)
     before = evaluate(network, source.validating()).accuracy
+    tested = [evaluate(each, source.testing()).accuracy for each in (network, small)]
     details = found.details
     console.print(_table(found))
     console.print(
@@ -176,16 +193,24 @@ def galen(
         f"({100 * details['share']:.1f} %, asked for {100 * target:g} %)"
     )
     console.print(
-        f"validation accuracy {before:.2f} ⇒ {100 * details['accuracy']:.2f} %"
+        f"validation accuracy {before:.2f} ⇒ {100 * details['accuracy']:.2f} % "
+        f"(chosen by it), test accuracy {tested[0]:.2f} ⇒ {tested[1]:.2f} %"
     )
     console.print(f"{dense:,} ⇒ {size:,} bytes ({100 * size / dense:.2f} %)")
     console.print(f"wrote {plan} and {out}")
+    if details["kept_channels"]:
+        console.print(
+            f"it has fewer channels than {model}: pass --channels {plan} to evaluate, "
+            "finetune and export"
+        )
     values: dict[str, Any] = {
         "share": details["share"],
         "latency_ms": details["latency_ms"],
         "reference_ms": details["reference_ms"],
         "accuracy_before": before,
         "accuracy_after": 100 * details["accuracy"],
+        "test_accuracy_before": tested[0],
+        "test_accuracy_after": tested[1],
         "reward": details["reward"],
         "bytes_before": dense,
         "bytes_after": size,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fitcompress.cli.app import (
+    ChannelsOption,
     DataOption,
     DatasetOption,
     JsonOption,
@@ -36,6 +37,7 @@ def evaluate(
     dataset: DatasetOption,
     weights: Annotated[Path | None, typer.Option(help="A dense checkpoint.")] = None,
     packed: Annotated[Path | None, typer.Option(help="A packed file.")] = None,
+    channels: ChannelsOption = None,
     data: DataOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -43,8 +45,10 @@ def evaluate(
     prepare(json)
     if (weights is None) == (packed is None):
         raise DataError("nothing to evaluate", wanted="either --weights or --packed")
+    if packed is None and channels is not None:
+        raise DataError("--channels is for packed files", wanted="--packed")
     if packed is not None:
-        network = load(packed, build_model(model))
+        network = load(packed, build_model(model, channels))
         size = packed.stat().st_size
     else:
         assert weights is not None

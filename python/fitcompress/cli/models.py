@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fitcompress.data import Dataset
-from fitcompress.errors import DataError, FormatError, PlanMismatchError
+from fitcompress.errors import DataError, FormatError, OptionError, PlanMismatchError
+from fitcompress.methods import prune_channels
 from fitcompress.model.modes import evaluating
+from fitcompress.search import Plan
 from fitcompress.zoo import BUILT_IN
 
 __all__ = ["build_model", "check_data", "load_checkpoint", "trained_model"]
@@ -31,15 +33,34 @@ UNREADABLE = (
 )
 
 
-def build_model(name: str) -> nn.Module:
+def build_model(name: str, channels: Path | None = None) -> nn.Module:
     """Return the model called ``name``, untrained.
 
     Args:
         name: A built-in, or ``package.module:factory``; the current folder is searched.
+        channels: Plan file of ``Galen``, for the network without the channels that it
+            removed.
 
     Raises:
         DataError: There is no such model.
+        OptionError: The plan says nothing of channels.
+        PlanMismatchError: It is for another model.
     """
+    model = _dense_model(name)
+    if channels is None:
+        return model
+    kept = Plan.load(channels).details.get("kept_channels")
+    if kept is None:
+        raise OptionError(
+            f"{channels} says nothing of channels",
+            got="a plan without kept_channels",
+            wanted="what `run galen` wrote",
+            fix="leave --channels out",
+        )
+    return prune_channels(model, kept)
+
+
+def _dense_model(name: str) -> nn.Module:
     if name in BUILT_IN:
         return BUILT_IN[name]()
     module, _, factory = name.partition(":")

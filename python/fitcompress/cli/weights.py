@@ -11,6 +11,7 @@ from torch import nn
 
 from fitcompress.cli.app import (
     AugmentOption,
+    ChannelsOption,
     DataOption,
     DatasetOption,
     JsonOption,
@@ -175,6 +176,7 @@ def finetune(
     model: ModelOption,
     weights: WeightsOption,
     dataset: DatasetOption,
+    channels: ChannelsOption = None,
     out: OutOption = Path("tuned.safetensors"),
     data: DataOption = None,
     epochs: Annotated[
@@ -204,7 +206,7 @@ def finetune(
     prepare(json, out)
     start = time.monotonic()
     teacher = trained_model(model, weights)
-    small = load(packed, build_model(model), trainable=True)
+    small = load(packed, build_model(model, channels), trainable=True)
     source = load_dataset(dataset, data)
     check_data(teacher, source)
     result = train_model(

@@ -39,6 +39,8 @@ def measured_ranges(
         CalibrationError: There are no inputs.
         NonFiniteError: A value is NaN or infinite.
     """
+    if not values:
+        return {}
     copy = ir.from_proto(ir.to_proto(model))
     wanted = {value.name for value in values}
     for node in copy.graph:

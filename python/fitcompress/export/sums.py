@@ -155,10 +155,13 @@ def _codes_of(value: ir.Value | None) -> str | None:
 
 
 def _put_on_grid(model: ir.Model, value: ir.Value, ranges: dict[str, Range]) -> ir.Node:
-    """Let everything that reads a value read it quantized; return the quantizer."""
+    """Let everything that reads a value read it quantized; return the quantizer.
+
+    Of several grids, the one of the largest step: it covers what the others do.
+    """
     uses, quantizers = list(value.uses()), _quantizers(value)
     if quantizers:
-        first = quantizers[0]
+        first = max(quantizers, key=_step)
         grid = next(iter(first.outputs[0].uses())).node.outputs[0]
     else:
         assert value.name is not None
@@ -188,6 +191,12 @@ def _eight_bits(node: ir.Node) -> bool:
         return False
     following = only_use(node.outputs[0])
     return following is not None and following[0].op_type == "DequantizeLinear"
+
+
+def _step(quantizer: ir.Node) -> float:
+    found = constant(quantizer.inputs[1])
+    assert found is not None
+    return float(found)
 
 
 def _same(one: ir.Node, two: ir.Node) -> bool:

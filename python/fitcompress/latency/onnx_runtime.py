@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fitcompress.errors import LatencyError, MissingDependencyError, OptionError
+from fitcompress.export.sessions import session_of
 from fitcompress.latency.target import OnnxTarget, check_count
 from fitcompress.latency.timing import Timing
 
@@ -104,21 +105,11 @@ class OnnxRuntimeTarget(OnnxTarget):
 
     def _runner(self, path: Path, example: Any) -> Callable[[], object]:
         try:
-            import onnxruntime
-        except ImportError as error:
-            raise _missing() from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            session = session_of(str(path), threads=self.threads)
             names = [value.name for value in session.get_inputs()]
             feed = arguments(example, names, self.batch)
             session.run(None, feed)
-        except (LatencyError, OptionError):
+        except (MissingDependencyError, OptionError):
             raise
         except Exception as error:  # its errors share no base but this one
             raise LatencyError(

@@ -129,11 +129,21 @@ class Plan:
             )
 
     def summary(self) -> str:
-        """Return one line: method, status and gap, predicted loss rise, size, BOPs."""
+        """Return one line: method, status and gap, loss rise, size, BOPs.
+
+        Where a method measured accuracy and latency instead of predicting the loss,
+        they take its place, with what was asked for.
+        """
         gap = "" if self.gap is None else f", gap {100 * self.gap:.2g} %"
+        worth = f"predicted loss rise {self.distortion:.4g} nats"
+        names = ("accuracy", "share", "target")
+        told = [x for x in map(self.details.get, names) if isinstance(x, (int, float))]
+        if len(told) == len(names):
+            accuracy, share, target = (100 * x for x in told)
+            worth = f"accuracy {accuracy:.2f} %, latency {share:.1f} % of {target:g} %"
         return (
-            f"{self.method}: {self.status}{gap}, predicted loss rise "
-            f"{self.distortion:.4g} nats, {self.size_bytes} bytes, {self.bops:.3g} BOPs"
+            f"{self.method}: {self.status}{gap}, {worth}, "
+            f"{self.size_bytes} bytes, {self.bops:.3g} BOPs"
         )
 
     def diff(self, other: Plan) -> str:

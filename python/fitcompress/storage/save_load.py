@@ -269,7 +269,10 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_state(state: dict[str, torch.Tensor], own: dict[str, Any]) -> None:
-    fix = "build the model that was compressed, with the same options and dtype"
+    fix = (
+        "build the model that was compressed, with the same options and dtype; if "
+        "channels were pruned: methods.prune_channels, or --channels PLAN"
+    )
     for key in [*state, *own]:
         if key not in own or key not in state:
             raise PlanMismatchError(

@@ -44,6 +44,7 @@ from fitcompress.train.evaluation import divergence
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
 from fitcompress.train.rate_control import RateControl
+from fitcompress.train.schedule import warm_cosine
 from fitcompress.train.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ __all__ = ["FinetuneResult", "finetune"]
 CONTROL_EVERY = 25  # steps between two looks at the size
 SAVE_EVERY = 30.0  # seconds between checkpoints
 SPREAD = 0.45  # how far from the middle of its cell a weight may start, in steps
-WARM_UP, RAMP = 0.02, 0.3  # shares of all steps
+RAMP = 0.3  # share of all steps
 NARROWEST = 1 / 16  # of its start, what a step of activations may shrink to
 
 
@@ -335,12 +336,10 @@ class _Trainer:
         )
 
     def _step(self, step: int, batch: Any) -> float:
-        share = step / self.total
-        warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.total))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = warm_cosine(group["peak"], step, self.total)
         if step % CONTROL_EVERY == 0:
-            self.rate.adjust(min(1.0, share / RAMP))
+            self.rate.adjust(min(1.0, step / self.total / RAMP))
         x, y = split_batch(batch)
         loss = self._loss(to_device(x, self.device), to_device(y, self.device))
         value = finite_value(loss, step)

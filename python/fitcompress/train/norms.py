@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fitcompress.model.forward import call_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["NORM_SAMPLES", "estimate_norms_"]
+__all__ = ["NORM_SAMPLES", "estimate_norms_", "whole_batches"]
 
 NORM_SAMPLES = 4096
 
@@ -25,7 +25,8 @@ def estimate_norms_(
     """Average the statistics of ``norms`` over batches, in place.
 
     All else is as in evaluation, and so is the whole model afterwards, but for the
-    norms, which are left in training mode.
+    norms, which are left in training mode. A single sample after other batches, the
+    rest of a pass, has no variance for a ``BatchNorm1d`` and is passed over.
 
     Args:
         model: The network.
@@ -41,7 +42,18 @@ def estimate_norms_(
         norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad():
-        for x in batches:
+        for x in whole_batches(norms, batches):
             call_model(model, x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def whole_batches(
+    norms: Iterable[nn.Module], batches: Iterable[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yield batches, but no single sample after others if a norm is one-dimensional."""
+    flat, first = any(isinstance(norm, nn.BatchNorm1d) for norm in norms), True
+    for x in batches:
+        if first or not flat or len(x) > 1:
+            yield x
+        first = False

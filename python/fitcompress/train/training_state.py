@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 
-from fitcompress.files import check_writable, write_atomically
+from fitcompress.errors import FormatError
+from fitcompress.files import check_writable
 from fitcompress.model.devices import device_of
 from fitcompress.model.layers import fingerprint
 from fitcompress.quantize.rate import Rate
+from fitcompress.train.state_file import read_state, write_state
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Pricing", "TrainingState"]
 
 logger = logging.getLogger(__name__)
+
+ENTRY = "finetune"
 
 
 class Pricing(Protocol):
@@ -87,24 +88,20 @@ class TrainingState:
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         info = {"key": self.key, "done": done, "weight": self._weight().hex()}
-        data = safetensors.torch.save(tensors, {"finetune": json.dumps(info)})
-        write_atomically(self.path, data)
+        write_state(self.path, ENTRY, tensors, info)
 
     def restore(self) -> int:
         """Load the state, if there is a fitting one; return how many steps are done."""
         if not self.path.exists():
             return 0
         try:
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                info = json.loads((file.metadata() or {})["finetune"])
-                if info["key"] != self.key:
-                    logger.warning(
-                        "%s belongs to another run and is not used", self.path
-                    )
-                    return 0
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+            tensors, info = read_state(self.path, ENTRY)
+            key, done = info["key"], int(info["done"])
+        except (FormatError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged and not used: %s", self.path, error)
+            return 0
+        if key != self.key:
+            logger.warning("%s belongs to another run and is not used", self.path)
             return 0
         self._load(tensors)
         if self.rate is not None:
@@ -113,7 +110,7 @@ class TrainingState:
             lengths = tensors[f"lengths/{index}"].to(grid.scale.device)
             grid.rate = Rate(lengths, self._weight())
         self._random = {k: v for k, v in tensors.items() if k.startswith("random/")}
-        return int(info["done"])
+        return done
 
     def restore_random(self) -> None:
         """Give the random generators the state that :meth:`restore` found, once.

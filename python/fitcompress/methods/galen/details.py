@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fitcompress.methods.galen.episode import Builder, Outcome
+    from fitcompress.methods.galen.episode import Builder
+    from fitcompress.methods.galen.outcome import Outcome
     from fitcompress.methods.galen.policy import Policy
     from fitcompress.methods.galen.walk import Walk
 
@@ -31,13 +32,18 @@ def plan_details(
     return {
         "kept_channels": builder.kept(policy),
         "share": after.share,
-        "latency_ms": after.ms,
+        "latency_ms": after.latency_ms,
         "reference_ms": after.reference_ms,
         "accuracy": after.accuracy,
         "reward": after.reward,
         "searched": before.to_dict(),
         "policy": _readable(builder.walk, policy),
         "history": [[o.reward, o.accuracy, o.share] for _, o in history],
+        "failed": [
+            [number, outcome.failure]
+            for number, (_, outcome) in enumerate(history)
+            if outcome.failure is not None
+        ],
         "left_out": dict(builder.walk.left_out),
     }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fitcompress.methods.galen.channels import kept_channels, strongest
+from fitcompress.methods.galen.groups import kept_channels, strongest
+from fitcompress.methods.galen.outcome import Outcome
 from fitcompress.methods.galen.ranges import quantize_inputs_
 from fitcompress.methods.galen.result import finish_
 from fitcompress.methods.galen.retraining import estimate_all_norms_, retrain_
@@ -30,32 +30,9 @@ if TYPE_CHECKING:
     from fitcompress.methods.galen.stopwatch import Stopwatch
     from fitcompress.methods.galen.walk import Walk
 
-__all__ = ["Builder", "Episodes", "Outcome"]
+__all__ = ["Builder", "Episodes"]
 
 EPISODE_NORM_SAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of one policy.
-
-    Attributes:
-        reward: Of accuracy and share.
-        accuracy: On the validation data, 0 … 1.
-        share: Latency relative to the dense float network's, T/T_ref.
-        ms: Median latency of a call.
-        reference_ms: Of the dense network in the same turns.
-    """
-
-    reward: float
-    accuracy: float
-    share: float
-    ms: float
-    reference_ms: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Return what JSON can hold."""
-        return asdict(self)
 
 
 class Builder:
@@ -104,8 +81,6 @@ class Builder:
                 attach_grid(layer.module, grid.to(latent.device), latent)
         inputs = {name: number for name, _, number in policy.bits}
         quantize_inputs_(small, inputs, self.calibration)
-        for parameter in small.parameters():
-            parameter.requires_grad_(True)
         return small
 
 
@@ -133,8 +108,8 @@ class Episodes:
         self.builder, self.options, self.lessons = builder, options, lessons
         self.validation, self.stopwatch, self.seed = validation, stopwatch, seed
 
-    def judge(self, policy: Policy) -> Outcome:
-        """Return what a policy is worth, after a brief retraining."""
+    def make(self, policy: Policy) -> nn.Module:
+        """Return the network of a policy, after a brief retraining."""
         small = self.builder.build(policy)
         retrain_(
             small,
@@ -145,7 +120,18 @@ class Episodes:
         )
         estimate_all_norms_(small, self.lessons.inputs(EPISODE_NORM_SAMPLES))
         finish_(small, self.builder.walk, policy)
-        return self.score(small)
+        return small
+
+    def judge(self, policy: Policy) -> Outcome:
+        """Return what a policy is worth, after a brief retraining."""
+        return self.score(self.make(policy))
+
+    def failed(self, why: str) -> Outcome:
+        """Return the outcome of a policy that cannot be judged."""
+        options = self.options
+        return Outcome.failed(
+            why, options.target, beta=options.beta, one_sided=options.one_sided
+        )
 
     def score(self, small: nn.Module) -> Outcome:
         """Validate and time a finished network."""

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
-import math
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitcompress.data.batches import take
-from fitcompress.errors import OptionError
 from fitcompress.files import check_writable
-from fitcompress.methods.galen.checks import check_input, search_key
+from fitcompress.methods.galen.checks import (
+    check_input,
+    check_loader,
+    check_options,
+    check_seed,
+    check_target,
+)
 from fitcompress.methods.galen.details import plan_details
+from fitcompress.methods.galen.ending import final_network, warn_if_missed
 from fitcompress.methods.galen.episode import Builder, Episodes
 from fitcompress.methods.galen.packages import check_packages
 from fitcompress.methods.galen.policy import ActionMap, AgentKind, Integers
 from fitcompress.methods.galen.reconstruction import Reconstruction
-from fitcompress.methods.galen.result import attach_sizes_, finish_
-from fitcompress.methods.galen.retraining import (
-    Lessons,
-    estimate_all_norms_,
-    retrain_,
-)
+from fitcompress.methods.galen.result import attach_sizes_
+from fitcompress.methods.galen.retraining import Lessons, first_inputs
+from fitcompress.methods.galen.search_key import search_key
 from fitcompress.methods.galen.sensitivities import (
     Sensitivities,
     measure_sensitivities,
@@ -34,7 +36,6 @@ from fitcompress.model.devices import device_of
 from fitcompress.quantize import plan_of
 from fitcompress.threads import FIXED, threads
 from fitcompress.train.loop import one_pass
-from fitcompress.train.norms import NORM_SAMPLES
 
 if TYPE_CHECKING:
     import os
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from fitcompress.search import Plan
 
 __all__ = ["Galen"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Galen:
         warm_up: Of these, the first ones with random actions.
         retrain_epochs: Passes of the retraining inside an episode; 0 for none.
         retrain_samples: Inputs of such a pass, the same in every episode; None for all.
-        finetune_epochs: Passes over the loader in the end.
+        finetune_epochs: Passes over the loader in the end; with 0, or if they do not
+            help, the result is the best network as its episode made it.
         learning_rate: Peak, of both.
         beta: β ≤ 0.
         one_sided: Do not punish networks that are faster than asked.
@@ -121,27 +125,7 @@ class Galen:
     sensitivity_samples: int = 256
 
     def __post_init__(self) -> None:
-        self.actions()
-        least = {"warm_up": 0, "retrain_epochs": 0, "finetune_epochs": 0}
-        for name in (
-            *least,
-            "episodes",
-            "calibration_samples",
-            "sensitivity_samples",
-            "retrain_samples",
-        ):
-            value, bound = getattr(self, name), least.get(name, 1)
-            if value is None and name == "retrain_samples":
-                continue
-            if type(value) is not int or value < bound:
-                raise OptionError(
-                    name, got=repr(value), wanted=f"a whole number, {bound} or more"
-                )
-        for name in ("target", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(name, got=getattr(self, name), wanted="a number > 0")
-        if not -math.inf < self.beta <= 0:
-            raise OptionError("beta", got=self.beta, wanted="a number, at most 0")
+        check_options(self)
 
     def actions(self) -> ActionMap:
         """Return what the actions of the agent mean."""
@@ -162,7 +146,8 @@ class Galen:
         """Search, and return the plan with the compressed network.
 
         Args:
-            model: The trained classifier, in float32; unchanged.
+            model: The trained classifier, in float32; unchanged. Parameters without
+                ``requires_grad`` are not trained.
             loader: Yields inputs or (inputs, …) to retrain with, the same for the same
                 epoch; if it has an attribute ``epoch``, that is set before each pass.
                 Labels are not used.
@@ -173,40 +158,67 @@ class Galen:
             checkpoint: File to save progress to and resume from; with ``.retrain``
                 appended, that of the last retraining. Removed at the end. After a kill
                 the same call ends with what it would have ended with, as far as
-                latencies that were not measured yet come out the same.
-            seed: Of the agent, and of dropout; the loader draws for itself.
+                latencies that were not measured yet come out the same. A call with
+                other ``episodes`` or ``finetune_epochs`` goes on from there, too.
+            seed: 0 or more; of the agent, and of dropout; the loader draws for itself.
             progress: Show bars with the time left, and the best policy so far.
 
         Returns:
             The plan, for the pruned network, and that network, ready for ``save`` and
             ``export_onnx``. Its ``details``: ``kept_channels``, for ``prune_channels``;
             ``share`` of the dense network's latency, ``latency_ms`` and
-            ``reference_ms``; ``accuracy``, 0 … 1; ``reward``; ``policy``; ``searched``,
-            the same numbers before the last retraining; ``history``, (reward,
-            accuracy, share) of every episode; ``left_out``, layer → why it keeps its
-            channels. Layers that stay in float have 16 bits in it and no activation
-            bits.
+            ``reference_ms``; ``target``; ``accuracy``, 0 … 1; ``reward``; ``policy``;
+            ``searched``, the same numbers before the last retraining; ``history``,
+            (reward, accuracy, share) of every episode; ``failed``, (episode, why) of
+            those that could not be judged and count as the worst; ``left_out``, layer →
+            why it keeps its channels. Layers that stay in float have 16 bits in it and
+            no activation bits. A latency more than 2 % above the target is logged.
 
         Raises:
-            MissingDependencyError: A package of the extra ``galen`` is missing.
+            MissingDependencyError: A package of the extra ``galen`` is missing, or one
+                that the target needs.
             OptionError: The model is compressed already, not in float32, or has nothing
-                to decide on.
-            DataError: The example or a batch does not serve.
+                to decide on or to train; the target or the seed cannot be used; the
+                checkpoint is that of another search.
+            NoCompressibleLayerError: No layer of the model can be compressed.
+            DataError: The example, a loader or a batch does not serve.
             EmptyLoaderError: A loader yields nothing.
-            NonFiniteError: A weight or the loss is NaN or infinite.
-            LatencyError: The target cannot time a network.
+            CalibrationError: The data never reach a layer.
+            NonFiniteError: A weight or an output is NaN or infinite, or the loss of
+                every network.
+            LatencyError: The target can time no network.
+            ExportError: No network can be written for the target.
+            FormatError: The checkpoint lacks a part.
             OutputError: The checkpoint cannot be written.
         """
         check_packages()
-        check_input(model, example)
-        path = None if checkpoint is None else check_writable(checkpoint)
-        with threads(FIXED), torch.random.fork_rng(devices=[]):
+        check_seed(seed)
+        trains = bool(self.retrain_epochs or self.finetune_epochs)
+        check_input(model, example, trains=trains)
+        check_target(latency_target)
+        check_loader("loader", loader)
+        check_loader("validation", validation)
+        files = None if checkpoint is None else _files(checkpoint)
+        if self.episodes <= self.warm_up:
+            logger.warning(
+                "all %d episodes are random: the agent learns after %d",
+                self.episodes,
+                self.warm_up,
+            )
+        with (
+            threads(FIXED),
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+        ):
             torch.manual_seed(seed)
             dense = copy.deepcopy(model).eval()
             example = example.to(device_of(dense))
             walk = make_walk(dense, example, self.actions())
-            inputs = list(_inputs(dense, one_pass(loader, 0), self.calibration_samples))
-            key = search_key(self, dense, seed, inputs, latency_target)
+            first = one_pass(loader, 0)
+            inputs = list(first_inputs(dense, first, self.calibration_samples))
+            key = search_key(
+                self, dense, seed, inputs, validation, example, latency_target
+            )
             with Stopwatch.of(
                 latency_target, dense, example, 8 if self.integers == "int8" else 2
             ) as stopwatch:
@@ -215,14 +227,15 @@ class Galen:
                     found = Reconstruction(dense, walk.groups, inputs)
                 builder = Builder(dense, walk, inputs, found)
                 lessons = Lessons(dense, loader, self.retrain_samples)
+                whole = Lessons(dense, loader, None)
                 episodes = Episodes(builder, self, lessons, validation, stopwatch, seed)
-                return self._run(episodes, loader, path, key, progress=progress)
+                return self._run(episodes, whole, files, key, progress=progress)
 
     def _run(
         self,
         episodes: Episodes,
-        loader: Iterable[Any],
-        path: Path | None,
+        lessons: Lessons,
+        files: tuple[Path, Path] | None,
         key: str,
         *,
         progress: bool,
@@ -233,11 +246,11 @@ class Galen:
         dense, walk = builder.dense, builder.walk
 
         def sensitivities() -> Sensitivities:
-            held = episodes.validation
+            held = first_inputs(dense, episodes.validation, self.sensitivity_samples)
             return measure_sensitivities(
                 dense,
                 walk,
-                list(_inputs(dense, held, self.sensitivity_samples)),
+                list(held),
                 prunes=actions.prunes,
                 quantizes=actions.quantizes,
                 progress=progress,
@@ -249,38 +262,33 @@ class Galen:
             actions,
             sensitivities,
             episodes.judge,
+            episodes.failed,
             warm_up=self.warm_up,
             seed=episodes.seed,
-            path=path,
+            path=None if files is None else files[0],
             key=key,
         )
         search.run(self.episodes, progress=progress)
         policy, before = search.best
-        small = builder.build(policy)
-        lessons = Lessons(dense, loader, None)
-        own = None if path is None else path.with_name(f"{path.name}.retrain")
-        retrain_(
-            small,
+        small, after = final_network(
+            episodes,
+            policy,
+            before,
             lessons,
-            epochs=self.finetune_epochs,
-            learning_rate=self.learning_rate,
-            seed=episodes.seed,
-            checkpoint=own,
+            checkpoint=None if files is None else files[1],
             key=key,
             progress=progress,
         )
-        estimate_all_norms_(small, lessons.inputs(NORM_SAMPLES))
-        finish_(small, walk, policy)
-        plan = attach_sizes_(small, plan_of(small), {})
-        after = episodes.score(small)
+        warn_if_missed(after, self.target)
         details = plan_details(builder, policy, before, after, search.history)
-        plan = attach_sizes_(small, plan, details)
-        for each in (own, path):
-            if each is not None:
-                each.unlink(missing_ok=True)
+        details["target"] = self.target
+        plan = attach_sizes_(small, plan_of(small), details)
+        for each in files or ():
+            each.unlink(missing_ok=True)
         return plan, small
 
 
-def _inputs(dense: nn.Module, loader: Iterable[Any], samples: int) -> Any:
-    device = device_of(dense)
-    return (x.to(device) for x, _ in take(loader, samples))
+def _files(checkpoint: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the file of the search and that of the last training."""
+    path = check_writable(checkpoint)
+    return path, check_writable(path.with_name(f"{path.name}.retrain"))

@@ -75,7 +75,7 @@ class ActionMap:
     most_bits: int = 8
 
     def __post_init__(self) -> None:
-        if self.agent not in SIZES:
+        if not isinstance(self.agent, str) or self.agent not in SIZES:
             raise OptionError("agent", got=repr(self.agent), wanted=" or ".join(SIZES))
         if self.integers not in ("int8", "mixed"):
             raise OptionError(

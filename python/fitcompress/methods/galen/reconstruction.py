@@ -10,11 +10,12 @@ from torch import nn
 from fitcompress.compensate.statistics import gather
 from fitcompress.methods.galen.surgery import CONVOLUTIONS
 from fitcompress.model import compressible_layers
+from fitcompress.model.patches import layer_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fitcompress.methods.galen.channels import ChannelGroup
+    from fitcompress.methods.galen.groups import ChannelGroup
     from fitcompress.model import Layer
 
 __all__ = ["Reconstruction"]
@@ -64,13 +65,19 @@ class Reconstruction:
         handles = []
         for layer in self._layers.values():
 
-            def add(_: nn.Module, args: tuple[Any, ...], layer: Layer = layer) -> None:
-                x = args[0].detach().float()
+            def add(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                named: dict[str, Any],
+                layer: Layer = layer,
+            ) -> None:
+                x = layer_input(args, named).detach().float()
                 found = gather(layer, [x], [x]).second[0]
                 seen = self._moments.get(layer.name)
                 self._moments[layer.name] = found if seen is None else seen + found
 
-            handles.append(layer.module.register_forward_pre_hook(add))
+            handle = layer.module.register_forward_pre_hook(add, with_kwargs=True)
+            handles.append(handle)
         try:
             for x in batches:
                 model(x)

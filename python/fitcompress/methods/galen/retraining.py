@@ -14,7 +14,7 @@ from fitcompress.quantize.activations import activations
 from fitcompress.quantize.leftovers import FOLDABLE
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
-from fitcompress.train.norms import estimate_norms_
+from fitcompress.train.norms import estimate_norms_, whole_batches
 from fitcompress.train.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Lessons", "estimate_all_norms_", "retrain_"]
+__all__ = ["Lessons", "estimate_all_norms_", "first_inputs", "retrain_"]
 
 SAVE_EVERY = 30.0  # seconds between checkpoints
 WARM_UP = 0.02  # share of all steps
@@ -60,17 +60,14 @@ class Lessons:
         return iter(self._kept) if self._kept is not None else self._taught(None)
 
     def inputs(self, samples: int) -> Iterator[torch.Tensor]:
-        """Yield so many inputs of the first pass."""
-        device = device_of(self._teacher)
-        for x, _ in take(one_pass(self._loader, 0), samples):
-            yield x.to(device)
+        """Return so many inputs of the first pass."""
+        return first_inputs(self._teacher, one_pass(self._loader, 0), samples)
 
     def _taught(
         self, samples: int | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        device = device_of(self._teacher)
-        for x, _ in take(one_pass(self._loader, self.epoch), samples):
-            x = x.to(device)
+        each = first_inputs(self._teacher, one_pass(self._loader, self.epoch), samples)
+        for x in whole_batches(self._teacher.modules(), each):
             with torch.no_grad():
                 wanted = self._teacher(x)
             yield x, wanted
@@ -163,6 +160,15 @@ def retrain_(
         )
     small.eval()
     return losses
+
+
+def first_inputs(
+    model: nn.Module, loader: Iterable[Any], samples: int | None
+) -> Iterator[torch.Tensor]:
+    """Yield the first inputs of a loader, where the model lies."""
+    device = device_of(model)
+    for x, _ in take(loader, samples):
+        yield x.to(device)
 
 
 def estimate_all_norms_(small: nn.Module, inputs: Iterable[torch.Tensor]) -> None:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
-import torch
-
-from fitcompress.errors import FormatError
-from fitcompress.files import write_atomically
+from fitcompress.errors import ExportError, LatencyError, NonFiniteError
 from fitcompress.methods.galen.agent import Agent
 from fitcompress.methods.galen.environment import CompressionEnv
-from fitcompress.methods.galen.episode import Outcome
 from fitcompress.methods.galen.features import Features
-from fitcompress.methods.galen.policy import Policy
-from fitcompress.methods.galen.sensitivities import Sensitivities
+from fitcompress.methods.galen.search_file import read_search, write_search
 from fitcompress.progress import Bar
 
 if TYPE_CHECKING:
@@ -26,12 +18,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fitcompress.methods.galen.policy import ActionMap
+    from fitcompress.errors import FitcompressError
+    from fitcompress.methods.galen.outcome import Outcome
+    from fitcompress.methods.galen.policy import ActionMap, Policy
+    from fitcompress.methods.galen.sensitivities import Sensitivities
     from fitcompress.methods.galen.walk import Walk
 
 __all__ = ["Search"]
 
 logger = logging.getLogger(__name__)
+
+FAILURES = (LatencyError, NonFiniteError, ExportError)
+PATIENCE = 5  # networks, all of which fail, after which more are not tried
 
 
 class Search:
@@ -43,6 +41,7 @@ class Search:
         actions: What the agent decides on.
         sensitivities: () → those of the layers, where the file has none.
         judge: Policy → what it is worth. Not asked twice for the same policy.
+        failed: Why a policy cannot be judged → what counts instead.
         warm_up: Episodes with random actions.
         seed: Of all that is drawn.
         path: The file, or None.
@@ -50,6 +49,10 @@ class Search:
 
     Attributes:
         history: Every episode's policy and outcome.
+
+    Raises:
+        OptionError: The file is that of another search.
+        FormatError: The file lacks a part of the agent.
     """
 
     def __init__(
@@ -59,57 +62,74 @@ class Search:
         actions: ActionMap,
         sensitivities: Callable[[], Sensitivities],
         judge: Callable[[Policy], Outcome],
+        failed: Callable[[str], Outcome],
         *,
         warm_up: int,
         seed: int,
         path: Path | None,
         key: str,
     ) -> None:
-        self._judge, self._path, self._key = judge, path, key
+        self._judge, self._failed = judge, failed
+        self._path, self._key = path, key
         self.history: list[tuple[Policy, Outcome]] = []
         self._known: dict[Policy, Outcome] = {}
-        tensors, numbers = self._read()
-        if tensors:
-            kinds = ("channels", "weights", "inputs")
-            found = Sensitivities(*(tensors[f"kl/{kind}"].numpy() for kind in kinds))
-        else:
-            found = sensitivities()
+        self._error: FitcompressError | None = None
+        state = None if path is None else read_search(path, key)
+        found = sensitivities() if state is None else state.sensitivities
         self._sensitivities = found
         features = Features(model, walk, found, actions)
         self._env = CompressionEnv(walk, actions, features, self._outcome)
         self._agent = Agent(self._env, warm_up=warm_up, seed=seed)
-        if tensors:
-            self._agent.restore(tensors, numbers["agent"])
-            for policy, outcome in numbers["history"]:
-                known = Policy.from_list(policy), Outcome(**outcome)
-                self.history.append(known)
-                self._known[known[0]] = known[1]
-        else:
+        if state is None:
             self._save()
+        else:
+            state.restore_(self._agent)
+            self.history = state.history
+            self._known = dict(state.history)
 
     @property
     def best(self) -> tuple[Policy, Outcome]:
         """The episode of the largest reward, the first of equals."""
-        return max(self.history, key=lambda each: each[1].reward)
+        judged = [each for each in self.history if each[1].failure is None]
+        return max(judged or self.history, key=lambda each: each[1].reward)
 
     def run(self, episodes: int, *, progress: bool) -> None:
-        """Go on until so many episodes are done."""
+        """Go on until so many episodes are done.
+
+        Raises:
+            LatencyError: No network can be timed.
+            NonFiniteError: None can be trained.
+            ExportError: None can be written.
+        """
         with Bar("galen", episodes, enabled=progress) as bar:
             bar.advance(len(self.history))
             while len(self.history) < episodes:
                 self._episode()
-                self._save()
                 best = self.best[1]
+                if best.failure is None:  # else the next run is to try again
+                    self._save()
                 bar.advance(
                     note=f"best: reward {best.reward:.3f}, accuracy "
                     f"{100 * best.accuracy:.2f} %, latency {100 * best.share:.1f} %"
                 )
+        if self._error is not None and self.best[1].failure is not None:
+            raise self._error
 
     def _outcome(self, policy: Policy) -> float:
-        found = self._known.get(policy)
-        if found is None:
-            found = self._known[policy] = self._judge(policy)
-        return found.reward
+        if policy not in self._known:
+            self._known[policy] = self._judged(policy)
+        return self._known[policy].reward
+
+    def _judged(self, policy: Policy) -> Outcome:
+        try:
+            return self._judge(policy)
+        except FAILURES as error:
+            failures = [each.failure for each in self._known.values()]
+            if None not in failures and len(failures) + 1 >= PATIENCE:
+                raise
+            self._error = error
+            logger.warning("a network cannot be judged: %s", error)
+            return self._failed(f"{type(error).__name__}: {error}")
 
     def _episode(self) -> None:
         state, _ = self._env.reset()
@@ -125,40 +145,7 @@ class Search:
         self._agent.learn(len(actions))
 
     def _save(self) -> None:
-        if self._path is None:
-            return
-        tensors = self._agent.tensors()
-        for kind in ("channels", "weights", "inputs"):
-            values = getattr(self._sensitivities, kind)
-            tensors[f"kl/{kind}"] = torch.from_numpy(values).clone()
-        numbers: dict[str, Any] = {
-            "key": self._key,
-            "agent": self._agent.numbers(),
-            "history": [[p.to_list(), o.to_dict()] for p, o in self.history],
-        }
-        data = safetensors.torch.save(tensors, {"galen": json.dumps(numbers)})
-        write_atomically(self._path, data)
-
-    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return what a fitting file holds, else nothing."""
-        if self._path is None or not self._path.exists():
-            return {}, {}
-        try:
-            with safetensors.safe_open(self._path, framework="pt") as file:
-                numbers = json.loads((file.metadata() or {})["galen"])
-                if numbers["key"] != self._key:
-                    logger.warning(
-                        "%s belongs to another run and is not used", self._path
-                    )
-                    return {}, {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (
-            safetensors.SafetensorError,
-            FormatError,
-            KeyError,
-            ValueError,
-            OSError,
-        ) as error:
-            logger.warning("%s is damaged and not used: %s", self._path, error)
-            return {}, {}
-        return tensors, numbers
+        if self._path is not None:
+            write_search(
+                self._path, self._key, self._agent, self._sensitivities, self.history
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fitcompress.methods.galen.channels import strongest, without_channels
+from fitcompress.errors import NonFiniteError
+from fitcompress.methods.galen.groups import strongest, without_channels
 from fitcompress.methods.galen.ranges import Ranges
 from fitcompress.model import compressible_layers
 from fitcompress.progress import Bar
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BITS", "SHARES", "Sensitivities", "measure_sensitivities"]
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of channels removed
+LARGEST_KL = 1e4  # nats, of outputs that are not finite
 BITS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
 
 
@@ -110,15 +113,25 @@ class _Probe:
     ) -> None:
         self.model, self.walk, self.batches = model, walk, batches
         self.layers = {layer.name: layer for layer in compressible_layers(model)}
-        self.dense = [check_logits(model(x)).float().log_softmax(-1) for x in batches]
+        self.dense = [self._logs(model, x) for x in batches]
+        if not all(bool(p.isfinite().all()) for p in self.dense):
+            raise NonFiniteError(
+                "the outputs of the dense network are NaN or infinite",
+                wanted="finite logits",
+                fix="look for NaN in the validation inputs and for overflow",
+            )
 
     def divergence(self, model: nn.Module) -> float:
         total, count = 0.0, 0
         for x, p in zip(self.batches, self.dense, strict=True):
-            q = model(x).float().log_softmax(-1)
+            q = self._logs(model, x)
             total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
             count += p.numel() // p.shape[-1]
-        return max(0.0, total / count)
+        return max(0.0, total / count) if math.isfinite(total) else LARGEST_KL
+
+    @staticmethod
+    def _logs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return check_logits(model(x)).float().log_softmax(-1)
 
     def without(self, number: int, share: float) -> float:
         group = self.walk.groups[number]

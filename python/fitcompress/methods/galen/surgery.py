@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fitcompress.errors import OptionError, PlanMismatchError, UnsupportedLayerError
+from fitcompress.quantize import grid_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["CONVOLUTIONS", "is_depthwise", "prune_channels"]
 
@@ -50,8 +52,10 @@ def prune_channels(
         PlanMismatchError: The model has no such module, or not so many channels.
         UnsupportedLayerError: A module is neither a Linear, a convolution that is not
             grouped or a depthwise one, nor a batch norm.
-        OptionError: Indices do not rise, there is none, or a side has another name.
+        OptionError: The list is none, indices do not rise, there is none, or a side has
+            another name; or the weight of a module is on a grid already.
     """
+    _check_list(kept)
     small = copy.deepcopy(model)
     modules = dict(small.named_modules())
     for name, sides in kept.items():
@@ -60,6 +64,12 @@ def prune_channels(
                 f"the list of channels has a module {name!r} that the model lacks",
                 got=type(model).__name__,
                 fix="build the model that was pruned, with the same options",
+            )
+        if grid_of(modules[name]) is not None:
+            raise OptionError(
+                f"the weight of {name!r} is on a grid already",
+                wanted="a dense model",
+                fix="prune the dense model, then load the packed file into it",
             )
         if extra := set(sides) - {"in", "out"}:
             raise OptionError(
@@ -77,6 +87,30 @@ def is_depthwise(module: nn.Module) -> bool:
     return module.groups > 1 and (
         module.groups == module.in_channels == module.out_channels
     )
+
+
+def _check_list(kept: object) -> None:
+    """Raise unless this is name → side → whole numbers, as in a plan file."""
+    found: Any = kept
+    if isinstance(kept, Mapping):
+        sides = [side for side in kept.values() if isinstance(side, Mapping)]
+        lists = [each for side in sides for each in side.values()]
+        found = next((x for x in lists if not _is_list(x)), None)
+        if len(sides) == len(kept) and found is None:
+            return
+        if len(sides) < len(kept):
+            found = next(x for x in kept.values() if not isinstance(x, Mapping))
+    raise OptionError(
+        "this is no list of channels",
+        got=repr(found)[:100],
+        wanted='{module: {"out": [whole numbers], "in": […]}}',
+        fix='give plan.details["kept_channels"]',
+    )
+
+
+def _is_list(indices: object) -> bool:
+    whole = isinstance(indices, (list, tuple, range))
+    return whole and all(type(i) is int for i in indices)  # type: ignore[attr-defined]
 
 
 def _cut_(name: str, module: Any, side: str, indices: Sequence[int]) -> None:
@@ -119,7 +153,7 @@ def _width(module: Any, side: str) -> int:
 
 
 def _checked(name: str, width: int, indices: Sequence[int]) -> torch.Tensor:
-    found = [int(i) for i in indices]
+    found = list(indices)
     if not found or any(a >= b for a, b in itertools.pairwise(found)):
         raise OptionError(
             f"channels of {name!r}",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fitcompress.methods.galen.channels import ChannelGroup
+    from fitcompress.methods.galen.groups import ChannelGroup
     from fitcompress.methods.galen.policy import ActionMap, Policy
 
 __all__ = ["Walk", "make_walk"]
@@ -75,7 +75,7 @@ def make_walk(model: nn.Module, example: Any, actions: ActionMap) -> Walk:
         OptionError: Nothing can be decided on.
     """
     order = layers_in_order(model, example)
-    groups, left_out = channel_groups(model, example) if actions.prunes else ([], {})
+    groups, left_out = _decidable(model, example, actions)
     rank = {name: number for number, name in enumerate(order)}
     leads = {}
     for number, group in enumerate(groups):
@@ -88,8 +88,28 @@ def make_walk(model: nn.Module, example: Any, actions: ActionMap) -> Walk:
             "no layer of the network can lose channels",
             got="; ".join(f"{k}: {why}" for k, why in list(left_out.items())[:4]),
             wanted="two layers, one after the other",
-            fix='use agent="quantization"',
+            fix='use agent="quantization", or lower round_to',
         )
     macs = {layer.name: 0 for layer in compressible_layers(model)}
     macs |= count_macs(model, example)
     return Walk(tuple(layers), tuple(groups), leads, macs, left_out)
+
+
+def _decidable(
+    model: nn.Module, example: Any, actions: ActionMap
+) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Return the groups that can lose channels in steps of ``round_to``, and why not.
+
+    Groups of at most so many channels keep all of them whatever the action.
+    """
+    if not actions.prunes:
+        return [], {}
+    found, left_out = channel_groups(model, example)
+    groups = []
+    for group in found:
+        if group.width > actions.round_to:
+            groups.append(group)
+            continue
+        for name in group.layers:
+            left_out[name] = f"{group.width} channels, round_to={actions.round_to}"
+    return groups, left_out

@@ -12,16 +12,11 @@ import torch
 from fitcompress.data.batches import take
 from fitcompress.errors import DataError, OptionError
 from fitcompress.files import check_writable
+from fitcompress.methods.dense import dense_layers
 from fitcompress.methods.pruning_ternary.result import compressed_copy, finish_
 from fitcompress.methods.pruning_ternary.training import TernaryTraining
-from fitcompress.model import (
-    check_finite,
-    check_untied,
-    compressible_layers,
-    fingerprint,
-)
+from fitcompress.model import fingerprint
 from fitcompress.model.devices import device_of, to_device
-from fitcompress.quantize import grid_of
 from fitcompress.threads import FIXED, threads
 from fitcompress.train.loop import one_pass
 
@@ -178,23 +173,7 @@ class PruningTernary:
         return small
 
     def _check(self, model: nn.Module) -> None:
-        layers = compressible_layers(model)
-        check_finite(model)
-        check_untied(layers)
-        for layer in layers:
-            if grid_of(layer.module) is not None:
-                raise OptionError(
-                    f"the weight of {layer.name!r} is on a grid already",
-                    wanted="a dense model",
-                    fix="pass the network from before compression",
-                )
-            if layer.weight.dtype != torch.float32:
-                raise OptionError(
-                    f"the weight of {layer.name!r} cannot be trained",
-                    got=layer.weight.dtype,
-                    wanted="float32",
-                    fix="pass model.float()",
-                )
+        layers = dense_layers(model)
         if self.first_and_last is not None and len(layers) < 3:
             raise OptionError(
                 "no layer is left to be ternary",

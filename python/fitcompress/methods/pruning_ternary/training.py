@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from fitcompress.sensitivity.table import Grid
 from fitcompress.train.distillation import distillation_loss
 from fitcompress.train.loop import count_batches, finite_value, one_pass, run_steps
 from fitcompress.train.norms import NORM_SAMPLES, estimate_norms_
+from fitcompress.train.schedule import warm_cosine
 from fitcompress.train.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["TernaryTraining"]
 
 SAVE_EVERY = 30.0  # seconds between checkpoints
-WARM_UP = 0.02  # share of all steps
 MOMENTUM = 0.9
 
 
@@ -178,9 +177,7 @@ class TernaryTraining:
         }
 
     def _step(self, step: int, batch: Any) -> float:
-        share = step / self.schedule.steps
-        warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.schedule.steps))
-        rate = self.options.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * share))
+        rate = warm_cosine(self.options.learning_rate, step, self.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["share"] * rate
         self._update_masks(step)

@@ -46,16 +46,17 @@ class FakeTarget:
 
     Args:
         stop_after: Stops then, as a kill would.
+        weight_bits: What it is to be asked for.
     """
 
     fingerprint = "counts"
 
-    def __init__(self, stop_after: int = 10**9) -> None:
-        self.stop_after, self.timed = stop_after, 0
+    def __init__(self, stop_after: int = 10**9, *, weight_bits: int = 8) -> None:
+        self.stop_after, self.timed, self.weight_bits = stop_after, 0, weight_bits
 
     @contextlib.contextmanager
     def open(self, model, example_input, *, weight_bits, reference=None):
-        assert weight_bits == 8
+        assert weight_bits == self.weight_bits
         macs = count_macs(model, example_input)
         quantized = {name for name, _ in activations(model)}
         yield _Session(self, macs, quantized, reference)

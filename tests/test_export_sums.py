@@ -14,9 +14,12 @@ from fitcompress.errors import (
     DataError,
     EmptyLoaderError,
     MissingDependencyError,
+    NonFiniteError,
     OptionError,
 )
+from fitcompress.export.agreement import agreement_with
 from fitcompress.export.onnx_file import ExportOptions
+from fitcompress.export.sum_ranges import measured_ranges
 from fitcompress.export.variants import Variants
 from fitcompress.zoo.resnet_cifar import Block
 from test_export_onnx import observe, rounded, run
@@ -152,6 +155,52 @@ def test_the_report_compares_with_the_model(files, small, x) -> None:
     assert json.loads(json.dumps(report.to_dict()))["agreement"]["samples"] == 32
 
 
+@pytest.fixture(scope="module")
+def one_file() -> bytes:
+    """A file that doubles its input."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "x"], ["y"])],
+        "double",
+        [value("x", onnx.TensorProto.FLOAT, None)],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    return model.SerializeToString()
+
+
+class Scaled(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5, 5), (4,)], ids=str)
+def test_outputs_without_classes_are_compared_in_size_alone(one_file, shape) -> None:
+    found = agreement_with(Scaled(4.0), one_file, [torch.randn(shape)])
+    assert (found.same_class, found.divergence, found.samples) == (None, None, 4)
+    assert found.largest_difference == pytest.approx(0.5)
+    assert str(found) == "largest difference 50 % of the largest output on 4 samples"
+
+
+def test_agreement_of_sequences_and_of_tensors_that_require_gradients(one_file) -> None:
+    x = torch.randn(4, 6, 5, requires_grad=True)
+    found = agreement_with(Scaled(2.0), one_file, [x])
+    assert (found.samples, found.same_class) == (24, 100)
+    with pytest.raises(NonFiniteError, match="outputs are NaN"):
+        agreement_with(Scaled(torch.nan), one_file, [x])
+
+
+def test_no_range_is_measured_where_none_is_missing() -> None:
+    assert measured_ranges(None, [], []) == {}
+
+
 class Shortcut(nn.Module):
     """One sum that two layers read."""
 
@@ -175,23 +224,27 @@ def numbers(path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.5])
-def test_a_sum_is_rounded_as_the_file_says(tmp_path, x, factor) -> None:
+@pytest.mark.parametrize(
+    ("narrow", "factor"), [("right", 1.0), ("right", 1 / 8), ("left", 1 / 8)]
+)
+def test_a_sum_is_rounded_as_the_file_says(tmp_path, x, narrow, factor) -> None:
     small, path = compressed(Shortcut().eval(), x), tmp_path / "f.onnx"
-    with torch.no_grad():  # right: with another step, or the same as left
-        small.right.input_quantizer.scale *= factor
+    with torch.no_grad():  # one reader of the sum with another step, or the same
+        getattr(small, narrow).input_quantizer.scale *= factor
     report = fc.export_onnx(small, path, x, integer_sums=[x])
     assert report.integer_sums == 1
     found = numbers(path)
     (name,) = (key for key in found if key.endswith("_sum_scale"))
     step, zero = found[name], found[name.replace("scale", "zero")].float()
     assert len(quantizers(path)) == (4 if factor == 1 else 5)
+    wide = small.right if narrow == "left" else small.left
     with torch.no_grad():
         hidden = small.two.input_quantizer(small.one(x).relu())
         summand = (small.two(hidden) / step + zero).round().clamp(0, 255) - zero
-        total = small.left.input_quantizer(summand * step + hidden)
+        total = wide.input_quantizer(summand * step + hidden)
         wanted = (small.left(total) - small.right(total)).mean((2, 3))
     assert relative(run(path, x), wanted) < 1e-4
+    assert report.agreement.largest_difference < 0.02
 
 
 def test_channels_inside_blocks_are_removed_first(tmp_path, x) -> None:
@@ -228,8 +281,11 @@ def test_layers_that_stay_in_float_keep_their_sums(tmp_path, files, small, x) ->
         ([torch.zeros(4, 3, 8, 8)], CalibrationError, "without content"),
         ([{"y": torch.randn(4, 3, 8, 8)}], DataError, "got y"),
         ([["words"]], DataError, "cannot be used"),
+        ([torch.full((4, 3, 8, 8), torch.nan)], NonFiniteError, "NaN or infinite"),
+        ([torch.randn(4, 2, 8, 8)], DataError, "does not run on a batch"),
+        ([torch.randn(4, 3, 8, 8).double()], DataError, "does not run on a batch"),
     ],
-    ids=["none", "zeros", "names", "words"],
+    ids=["none", "zeros", "names", "words", "nan", "channels", "doubles"],
 )
 def test_inputs_that_say_nothing(tmp_path, small, x, batches, error, message) -> None:
     with pytest.raises(error, match=message):

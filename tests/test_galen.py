@@ -17,10 +17,14 @@ from fitcompress.latency.networks import planned_network
 from fitcompress.latency.target import OnnxTarget
 from fitcompress.latency.timing import Timing
 from fitcompress.methods import Galen
-from fitcompress.methods.galen import packages, retraining
+from fitcompress.methods.galen import ending, packages, retraining
 from fitcompress.methods.galen.episode import Builder
 from fitcompress.methods.galen.policy import ActionMap, Policy
-from fitcompress.methods.galen.retraining import Lessons, retrain_
+from fitcompress.methods.galen.retraining import (
+    Lessons,
+    estimate_all_norms_,
+    retrain_,
+)
 from fitcompress.methods.galen.walk import make_walk
 from fitcompress.quantize import activations, grid_of
 from fitcompress.storage.save_load import packed_bytes
@@ -44,10 +48,12 @@ def test_a_search(searched) -> None:
     assert details["reward"] == pytest.approx(value)
     assert plan.method == "galen"
     assert plan.size_bytes == len(packed_bytes(small))
+    assert details["policy"]["bits"]
     for name, (weight, inputs) in details["policy"]["bits"].items():
         level = plan.levels[name]
         assert (level.grid.bits, level.activation_bits) == (weight, inputs)
     floats = set(plan.levels) - set(details["policy"]["bits"])
+    assert floats
     for name in floats:
         level = plan.levels[name]
         assert (level.grid.bits, level.activation_bits) == (16, None)
@@ -87,6 +93,8 @@ def test_the_same_seed_ends_the_same(searched, one_thread) -> None:
     assert packed_bytes(small) == packed_bytes(searched[1])
     other, _ = run(seed=1, options={"episodes": 2, "finetune_epochs": 0})
     assert other.details["history"] != plan.details["history"][:2]
+    best = max(other.details["history"])
+    assert [other.details[x] for x in ("reward", "accuracy", "share")] == best
 
 
 def test_a_killed_search_ends_the_same(searched, tmp_path) -> None:
@@ -108,10 +116,14 @@ def test_a_retraining_killed_at_the_end_ends_the_same(
 ) -> None:
     monkeypatch.setattr(retraining, "SAVE_EVERY", 0.0)
     path = tmp_path / "galen"
-    # calibration 4, lessons 2, norms of every network 6, and half of two passes of 6
-    different = len({tuple(each) for each in searched[0].details["history"]})
-    loader = dying(make_loader(), 4 + 2 + 6 * different + 9)
-    with pytest.raises(KeyboardInterrupt):
+    loader = dying(make_loader(), last := 10**6)
+
+    def start(*arguments, **more):
+        loader.calls = last - 9  # stops in the second of two passes of 6 batches
+        return retrain_(*arguments, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ending, "retrain_", start)
         run(loader=loader, checkpoint=path)
     assert (tmp_path / "galen.retrain").exists()
     target = FakeTarget()
@@ -120,23 +132,6 @@ def test_a_retraining_killed_at_the_end_ends_the_same(
     assert plan.to_json() == searched[0].to_json()
     assert packed_bytes(small) == packed_bytes(searched[1])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_of_another_search_is_not_used(tmp_path, caplog) -> None:
-    path = tmp_path / "galen"
-    options = {"agent": "pruning", "retrain_epochs": 0}
-    for target, stop, text in ((0.4, 2, ""), (0.3, 0, "belongs to another run")):
-        with pytest.raises(KeyboardInterrupt):
-            run(
-                checkpoint=path,
-                target=FakeTarget(stop),
-                options=options | {"target": target},
-            )
-        assert text in caplog.text
-    path.write_bytes(b"damaged")
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint=path, target=FakeTarget(0), options=options)
-    assert "damaged and not used" in caplog.text
 
 
 def test_policies_are_measured_once() -> None:
@@ -186,6 +181,33 @@ def _rows(value: torch.Tensor) -> torch.Tensor:
     return value.detach().flatten(1)
 
 
+def test_frozen_weights_are_not_trained() -> None:
+    net = make_net()
+    net[3].requires_grad_(False)
+    walk = make_walk(net, X, ActionMap(round_to=2))
+    policy = Policy((4, 12, 16), (("3", 8, 8),))
+    small = Builder(net, walk, [x for x, _ in make_loader()], None).build(policy)
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    retrain_(small, Lessons(net, make_loader(), None), epochs=1, learning_rate=1e-2)
+    for name, parameter in small.named_parameters():
+        frozen = name in ("3.parametrizations.weight.original", "3.bias")
+        assert torch.equal(parameter, before[name]) == frozen
+        assert parameter.requires_grad != frozen
+
+
+def test_a_rest_of_one_sample_has_no_variance() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
+    loader = [torch.randn(8, 4), torch.randn(8, 4), torch.randn(1, 4)]
+    part, whole = Lessons(net, loader, 9), Lessons(net, loader, None)
+    assert [len(x) for x, _ in part] == [8]
+    assert [len(x) for x, _ in whole] == [8, 8]
+    small = copy.deepcopy(net)
+    retrain_(small, whole, epochs=2, learning_rate=1e-3)
+    estimate_all_norms_(small, whole.inputs(17))
+    mean = small[0](torch.cat(loader[:2])).mean(0)
+    torch.testing.assert_close(small[1].running_mean, mean.detach())
+
+
 def test_a_network_is_pruned_before_it_is_quantized() -> None:
     _, small = built(Policy((4, 6, 16), (("3", 8, 8),)))
     grid = grid_of(small.get_submodule("3"))
@@ -196,37 +218,38 @@ def test_a_network_is_pruned_before_it_is_quantized() -> None:
 
 
 def test_agents_decide_on_what_they_are_named_after() -> None:
-    plan, small = run(options={"agent": "pruning", "episodes": 3})
+    own = {"episodes": 3, "one_sided": True, "reconstruct": False, "target": 0.9}
+    plan, small = run(options=own | {"agent": "pruning"})
     assert not plan.details["policy"]["bits"]
     assert not list(activations(small))
-    plan, _ = run(options={"agent": "quantization", "episodes": 3})
+    for reward, accuracy, share in plan.details["history"]:
+        assert (reward == accuracy) == (share <= 0.9)
+    own = {"episodes": 3, "integers": "mixed", "most_bits": 5, "finetune_epochs": 0}
+    target = FakeTarget(weight_bits=2)
+    plan, small = run(target=target, options=own | {"agent": "quantization"})
     assert not plan.details["kept_channels"]
+    bits = plan.details["policy"]["bits"]
+    widths = {each for pair in bits.values() for each in pair}
+    assert widths <= {2, 3, 4, 5, 8}
+    assert widths - {8}
+    assert {name: q.bits for name, q in activations(small)} == {
+        name: inputs for name, (_, inputs) in bits.items()
+    }
 
 
-def test_the_dense_network_stays_as_it_is() -> None:
+def test_the_dense_network_stays_as_it_is(caplog) -> None:
     net, loader = make_net(), make_loader()
+    net[3].requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
-    method = Galen(**(OPTIONS | {"episodes": 2, "agent": "pruning"}))
-    method.run(net, loader, loader, X, FakeTarget(), progress=False)
+    method = Galen(**(OPTIONS | {"episodes": 2, "agent": "pruning", "target": 1}))
+    with torch.no_grad():
+        _, small = method.run(net, loader, loader, X, FakeTarget(), progress=False)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"agent": "none"},
-        {"episodes": 0},
-        {"target": 0},
-        {"beta": 1},
-        {"retrain_samples": 0},
-        {"finetune_epochs": -1},
-        {"learning_rate": float("inf")},
-        {"round_to": 1.5},
-    ],
-)
-def test_options_that_cannot_be_used(options) -> None:
-    with pytest.raises(OptionError):
-        Galen(**options)
+    frozen = {name: p.requires_grad for name, p in net.named_parameters()}
+    for name, parameter in small.named_parameters():
+        plain = name.replace("parametrizations.weight.original", "weight")
+        assert parameter.requires_grad == frozen[plain]
+    assert "all 2 episodes are random" in caplog.text
 
 
 def test_inputs_that_do_not_serve(searched, monkeypatch) -> None:
@@ -294,7 +317,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys) -> None:
         "import os, sys\nprint(os.path.getsize(sys.argv[1]))\n"
     )
     arguments = "--model digits --weights net.pt --dataset digits --episodes 2 "
-    arguments += "--retrain-samples 64 --epochs 1 --target 0.5 --json out.json"
+    arguments += "--retrain-samples 64 --epochs 1 --target 0.5 --json out.json "
+    arguments += "--most-bits 7 --beta -4 --agent pruning"
     clock = f"{sys.executable} clock.py {{onnx}}"
     words = ["fitcompress", "run", "galen", *arguments.split(), "--command", clock]
     monkeypatch.setattr(sys, "argv", words)
@@ -306,4 +330,17 @@ def test_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert values["share"] > 0
     kept = fc.Plan.load("plan.json").details["kept_channels"]
     fc.load("small.safetensors", fc.methods.prune_channels(DigitsNet(), kept))
-    assert "asked for 50 %" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "asked for 50 %" in text
+    assert f"⇒ {values['test_accuracy_after']:.2f} %" in text
+    assert "pass --channels plan.json to evaluate" in text
+    arguments = "--model digits --packed small.safetensors --dataset digits"
+    words = ["fitcompress", "evaluate", *arguments.split(), "--json", "score.json"]
+    for more, code in ((["--channels", "plan.json"], 0), ([], 1)):
+        monkeypatch.setattr(sys, "argv", words + more)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert (stop.value.code or 0) == code
+    assert "--channels PLAN" in capsys.readouterr().err
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["accuracy"] == pytest.approx(values["test_accuracy_after"])

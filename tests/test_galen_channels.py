@@ -102,6 +102,71 @@ class Flipped(nn.Module):
         return self.third(self.second(x).relu() + x.flip(1))
 
 
+class Rooted(Flipped):
+    """NaN for inputs below zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.sqrt())
+
+
+class Signed(Flipped):
+    """NaN for all inputs but zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.sqrt() + (-x).sqrt())
+
+
+class Offset(Flipped):
+    """Its channels change little of a large output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1e5
+
+
+class NaN(Flipped):
+    """Never finite."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.nan
+
+
+@pytest.mark.parametrize("kind", [Rooted, Signed, Offset, NaN])
+def test_trials_are_not_blind(kind) -> None:
+    torch.manual_seed(0)
+    groups, left_out = channel_groups(kind().eval(), torch.zeros(1, 6))
+    assert not groups
+    why = "not finite" if kind is NaN else "mixes up"
+    assert why in left_out["first"]
+    assert why in left_out["second"]
+
+
+class Strict(nn.Module):
+    """Only float32, a parameter of integers, and a check of its own in one branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.third = nn.Linear(4, 3)
+        self.order = nn.Parameter(torch.tensor([1, 0]), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        x = self.first(input=x).relu()
+        assert x.shape[1] == 8
+        return self.third(self.second(input=x).relu())
+
+
+def test_assertions_of_a_model_do_not_end_the_search() -> None:
+    net, x = Strict().eval(), torch.randn(32, 6)
+    groups, left_out = channel_groups(net, x[:1])
+    assert [group.layers for group in groups] == [("second",)]
+    assert "does not run without" in left_out["first"]
+    kept = kept_channels(groups, [[0, 1, 2]])
+    small = prune_channels(net, kept)
+    Reconstruction(net, groups, [x]).apply_(small, kept)
+    assert small.third.weight.shape == (3, 3)
+
+
 def test_a_group_that_fits_in_shape_alone_is_left_out(caplog) -> None:
     torch.manual_seed(0)
     with caplog.at_level("INFO", channels_module.__name__):
@@ -196,8 +261,27 @@ def test_least_squares_change_nothing_where_nothing_goes() -> None:
         ({"conv": {"middle": [0]}}, OptionError),
         ({"norm": {"in": [0]}}, UnsupportedLayerError),
         ({"": {"out": [0]}}, UnsupportedLayerError),
+        ({"conv": {"out": [0.0, 1.5]}}, OptionError),
+        ({"conv": {"out": ["0", "1"]}}, OptionError),
+        ({"conv": {"out": [True]}}, OptionError),
+        ({"conv": {"out": "01"}}, OptionError),
+        ({"conv": {"out": None}}, OptionError),
+        ({"conv": [0, 1]}, OptionError),
+        (["conv"], OptionError),
+        (None, OptionError),
     ],
 )
 def test_what_is_no_list_of_channels(kept, error) -> None:
     with pytest.raises(error):
         fc.methods.prune_channels(build_tiny_net(), kept)
+
+
+def test_what_is_on_a_grid_is_not_pruned() -> None:
+    levels = {
+        name: fc.Level(fc.Grid(bits=8), 0.0, tuple(module.weight.shape))
+        for name, module in build_tiny_net().named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    small = fc.apply(build_tiny_net(), fc.Plan(levels), progress=False)
+    with pytest.raises(OptionError, match="then load the packed file"):
+        fc.methods.prune_channels(small, {"head": {"out": [0]}})

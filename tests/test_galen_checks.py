@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fitcompress.cli.models import build_model
 from fitcompress.data import Batches
 from fitcompress.errors import DataError, EmptyLoaderError, OptionError
 from fitcompress.methods import Galen
@@ -19,6 +20,8 @@ from fitcompress.methods.galen.checks import (
 from fitcompress.methods.galen.policy import ActionMap
 from fitcompress.methods.galen.search_key import search_key
 from fitcompress.methods.galen.walk import make_walk
+from fitcompress.search.plan import Level, Plan
+from fitcompress.sensitivity.table import Grid
 from galen_nets import FakeTarget, X, make_loader, make_net
 
 
@@ -160,3 +163,18 @@ def test_layers_beside_a_shared_weight_keep_their_channels() -> None:
     walk = make_walk(Tied().eval(), torch.zeros(1, 6), ActionMap(round_to=2))
     assert [group.layers for group in walk.groups] == [("last",)]
     assert walk.left_out["first"] == "one shares a parameter with another layer"
+
+
+def test_models_without_channels_by_name(tmp_path) -> None:
+    levels = {"classifier": Level(Grid(bits=8), 0.0, (10, 72))}
+    kept = {"classifier": {"in": [0, 5]}}
+    Plan(levels, details={"kept_channels": kept}).save(tmp_path / "galen.json")
+    model = build_model("digits", tmp_path / "galen.json")
+    assert model.get_submodule("classifier").weight.shape == (10, 2)
+    for details, message in (
+        ({}, "nothing of channels"),
+        ({"kept_channels": [1]}, "no list"),
+    ):
+        Plan(levels, details=details).save(tmp_path / "other.json")
+        with pytest.raises(OptionError, match=message):
+            build_model("digits", tmp_path / "other.json")

@@ -110,16 +110,16 @@ def check_loader(name: str, loader: Any) -> None:
         DataError: It cannot, or a batch cannot be used.
         EmptyLoaderError: It yields nothing, the first time or the second.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
+        try:
             once = iter(loader) is loader
-            first, second = (digest(next(take(loader, 1))[0]) for _ in range(2))
-    except TypeError as error:
-        raise DataError(
-            f"{name} cannot be read",
-            got=type(loader).__name__,
-            wanted="a loader of batches",
-        ) from error
+        except TypeError as error:
+            raise DataError(
+                f"{name} cannot be read",
+                got=type(loader).__name__,
+                wanted="a loader of batches",
+            ) from error
+        first, second = (digest(next(take(loader, 1))[0]) for _ in range(2))
     if once and first != second:
         raise DataError(
             f"{name} can be read only once",

@@ -19,6 +19,7 @@ def plan_details(
     before: Outcome,
     after: Outcome,
     history: list[tuple[Policy, Outcome]],
+    target: float,
 ) -> dict[str, Any]:
     """Return the details of a plan.
 
@@ -28,12 +29,14 @@ def plan_details(
         before: What it was worth in the search.
         after: What it is worth after the last retraining.
         history: Of all episodes.
+        target: The share of the latency that was asked for.
     """
     return {
         "kept_channels": builder.kept(policy),
         "share": after.share,
         "latency_ms": after.latency_ms,
         "reference_ms": after.reference_ms,
+        "target": target,
         "accuracy": after.accuracy,
         "reward": after.reward,
         "searched": before.to_dict(),

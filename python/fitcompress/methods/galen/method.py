@@ -280,8 +280,9 @@ class Galen:
             progress=progress,
         )
         warn_if_missed(after, self.target)
-        details = plan_details(builder, policy, before, after, search.history)
-        details["target"] = self.target
+        details = plan_details(
+            builder, policy, before, after, search.history, self.target
+        )
         plan = attach_sizes_(small, plan_of(small), details)
         for each in files or ():
             each.unlink(missing_ok=True)

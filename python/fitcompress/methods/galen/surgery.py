@@ -91,18 +91,17 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def _check_list(kept: object) -> None:
     """Raise unless this is name → side → whole numbers, as in a plan file."""
-    found: Any = kept
+    wrong = [kept]
     if isinstance(kept, Mapping):
-        sides = [side for side in kept.values() if isinstance(side, Mapping)]
-        lists = [each for side in sides for each in side.values()]
-        found = next((x for x in lists if not _is_list(x)), None)
-        if len(sides) == len(kept) and found is None:
-            return
-        if len(sides) < len(kept):
-            found = next(x for x in kept.values() if not isinstance(x, Mapping))
+        wrong = [side for side in kept.values() if not isinstance(side, Mapping)]
+    if isinstance(kept, Mapping) and not wrong:
+        lists = [each for side in kept.values() for each in side.values()]
+        wrong = [each for each in lists if not _is_list(each)]
+    if not wrong:
+        return
     raise OptionError(
         "this is no list of channels",
-        got=repr(found)[:100],
+        got=repr(wrong[0])[:100],
         wanted='{module: {"out": [whole numbers], "in": […]}}',
         fix='give plan.details["kept_channels"]',
     )

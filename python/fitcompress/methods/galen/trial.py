@@ -41,7 +41,7 @@ class Trial:
     def __init__(self, dense: nn.Module, example: Any) -> None:
         self._dense, self._example = dense, example
         self._outputs: list[torch.Tensor] = []
-        self.failure = "its outputs are not finite"
+        self.failure = ""
         for network, x in _settings(dense, example):
             try:
                 found = outputs_of(call_model(network, x))
@@ -52,6 +52,7 @@ class Trial:
                 self._dense, self._example, self._outputs = network, x, found
                 self.failure = ""
                 return
+            self.failure = "its outputs are not finite"
 
     @torch.no_grad()
     def why_not(self, group: ChannelGroup) -> str:

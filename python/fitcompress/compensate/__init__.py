@@ -1,5 +1,5 @@
 """Second-order compensation: later weights absorb the errors of earlier ones."""
 
-from fitcompress.compensate.compressor import apply
+from fitcompress.compensate.application import apply
 
 __all__ = ["apply"]

@@ -89,7 +89,7 @@ MEASURE = {
     "no layer": (nn.Tanh(), [X], None, NoCompressibleLayerError, "Tanh"),
     "no batch": (linear, [], None, EmptyLoaderError, "no sample"),
     "no sample": (linear, [X[:0]], None, EmptyLoaderError, "no sample"),
-    "no inputs": (linear, [{"x": X}], None, DataError, "got dict"),
+    "other inputs": (linear, [{"x": X}], None, DataError, "got dict of x"),
     "NaN input": (linear, [X * NAN], None, NonFiniteError, "NaN"),
     "NaN input, labels": (linear, [(X * NAN, Y)], entropy, NonFiniteError, "got nan"),
     "infinite input": (linear, [X * INF], None, NonFiniteError, "NaN"),

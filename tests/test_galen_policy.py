@@ -90,8 +90,10 @@ def test_the_walk_and_its_costs() -> None:
     policy = Policy((4, 6, 16), (("3", 8, 4),))
     assert walk.bops_of("3", policy) == walk.macs["3"] / 4 * 32
     assert walk.bops_of("9", policy) == walk.macs["9"] * 1024
-    only = make_walk(make_net(), X, ActionMap("pruning"))
+    only = make_walk(make_net(), X, ActionMap("pruning", round_to=4))
     assert only.layers == ("0", "3", "5")
+    only = make_walk(make_net(), X, ActionMap("pruning", round_to=8))
+    assert only.layers == ("3", "5")  # eight channels are the fewest
     with pytest.raises(OptionError, match="can lose channels"):
         make_walk(torch.nn.Linear(4, 2), torch.zeros(1, 4), ActionMap("pruning"))
 

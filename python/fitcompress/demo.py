@@ -49,8 +49,6 @@ T = TypeVar("T")
 TRAIN_EPOCHS, BATCH = 24, 64
 TUNING: dict[str, Any] = {
     "epochs": 6,
-    "lr": 5e-3,
-    "float_lr": 3e-3,
     "norms": "frozen",
 }
 TRAINED, SENSITIVITY, PLAN = (

@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ import fitcompress as fc
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
 from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
+from fitcompress.refinement import plan_losses
 from fitcompress.refinement.plan_fit import Drawn, fit_plans
+from fitcompress.refinement.plan_losses import Workers
 from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
 from fitcompress.refinement.regression import (
     Fit,
@@ -21,6 +26,7 @@ from fitcompress.refinement.regression import (
     rank_correlation,
     simplest,
 )
+from fitcompress.threads import threads
 from test_refinement import BITS, Branched
 from test_search import random_table
 
@@ -406,3 +412,123 @@ def test_a_network_of_zeros_keeps_its_table(loader) -> None:
     table = fc.measure(net, loader, samples=32, progress=False)
     found = fc.calibrate(table, net, loader, plans=8, samples=32, progress=False)
     assert np.isfinite(found.distortion).all()
+
+
+class Tied(torch.nn.Module):
+    """Tokens in, tokens out, one weight for both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(12, 16)
+        self.mix = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.mix(self.embed(tokens)).relu())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_inputs_of_embeddings_stay_as_they_are(tied) -> None:
+    torch.manual_seed(0)
+    net = Tied().eval()
+    if not tied:
+        net.head.weight = torch.nn.Parameter(torch.randn(12, 16) / 4)
+    tokens = list(torch.randint(0, 12, (32, 5)).split(8))
+    table = fc.measure(
+        net,
+        tokens,
+        samples=32,
+        grids=GRIDS[: len(BITS)],
+        activation_bits=(8, 4, 3),
+        progress=False,
+    )
+    drawn = draw_inputs(table, "bits", 8, 0)
+    embedding = table.names.index("embed")
+    assert not drawn[:, embedding].any()
+    assert np.delete(drawn, embedding, axis=1).all()
+    found = fc.calibrate(
+        table, net, tokens, plans=8, samples=32, compensation=FAST, progress=False
+    )
+    assert np.isfinite(found.activation_distortion).all()
+    plan = fc.search(found, fc.Budget(bops="12%"))
+    assert plan.levels["embed"].activation_bits is None
+    assert plan.levels["mix"].activation_bits
+    fc.apply(net, plan, tokens, progress=False)
+
+
+def wide_table(net, loader):
+    return fc.measure(
+        net,
+        loader,
+        samples=32,
+        grids=GRIDS[: len(BITS)],
+        sparsities=(0.0,),
+        activation_bits=(8, 4),
+        progress=False,
+    )
+
+
+def test_the_number_of_threads_does_not_matter(net, loader) -> None:
+    table = wide_table(net, loader)
+    settings = {"plans": 8, "samples": 32, "compensation": FAST, "progress": False}
+    found = []
+    for count in (1, 3):
+        with threads(count):
+            found.append(fc.calibrate(table, net, loader, **settings))
+    for name in ("distortion", "activation_distortion"):
+        assert np.array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_threads_that_run_passes_compute_as_the_main_one() -> None:
+    """Whatever OpenMP would give a new thread."""
+    code = (
+        "import torch, zlib\n"
+        "from fitcompress.compensate.lockstep import Lockstep\n"
+        "from fitcompress.threads import threads\n"
+        "torch.manual_seed(0)\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(3072, 256), torch.nn.Linear(256, 4))"
+        "\nx = torch.randn(128, 3072)\n"
+        "with threads(2), Lockstep(net, {'1': net[1]}, [x]) as run:\n"
+        "    print(zlib.crc32(run.advance()[1][0].numpy().tobytes()))\n"
+    )
+    found = set()
+    for count in ("1", "2", "5"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": count},
+        )
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+def test_workers_fit_in_memory() -> None:
+    small = torch.nn.Linear(10, 10)
+    assert Workers.for_model(small, 2**20, 4) == Workers(4, 1)
+    assert Workers.for_model(small, 2**20, 64) == Workers(8, 1)
+    assert Workers.for_model(small, 2**29, 64) == Workers(2, 1)
+    assert Workers.for_model(small, 2**30, 64) == Workers(1, 2)
+    large = torch.nn.Linear(2**15, 2**15, device="meta")
+    assert Workers.for_model(large, 0, 64) == Workers(1, 2)
+
+
+def test_a_plan_that_changes_nothing_does_not_rule_the_fit(
+    net, loader, monkeypatch
+) -> None:
+    table = wide_table(net, loader)
+    settings = {"plans": 16, "samples": 32, "compensation": FAST, "progress": False}
+    usual = fc.calibrate(table, net, loader, **settings)
+    real, calls = plan_losses.softened_divergence, []
+
+    def divergence(*args):
+        calls.append(1)
+        return 0.0 if len(calls) <= 16 else real(*args)  # of the first plan or two
+
+    monkeypatch.setattr(plan_losses, "softened_divergence", divergence)
+    with threads(1):  # one plan after the other
+        found = fc.calibrate(table, net, loader, **settings)
+    ratio = found.distortion.sum() / usual.distortion.sum()
+    assert 0.2 < ratio < 5

@@ -22,6 +22,7 @@ from fitcompress.errors import (
     NoCompressibleLayerError,
     NonFiniteError,
     OutputError,
+    UnsupportedLayerError,
 )
 from fitcompress.model.costs import count_macs
 from fitcompress.quantize import plan_of
@@ -354,5 +355,38 @@ def test_killed_while_refining_it_ends_with_the_same_file(
         with pytest.raises(KilledError):
             compress(net, batches, tmp_path / "run", **settings)
     assert (tmp_path / "run.refine.plans").exists()
+    monkeypatch.setattr(compression, "measure", None)  # it is done
     assert compress(net, batches, tmp_path / "run", **settings) == wanted
     assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_cannot_be_quantized_stay_in_float(batches, caplog) -> None:
+    class Shared(nn.Module):
+        """One of its layers has an input that all samples share."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.place = nn.Parameter(torch.randn(1, 64))
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last((x + self.first(self.place)).relu())
+
+    inputs = [x.flatten(1)[:, :64] for x in batches]
+    budget = fc.Budget(bops="20%")
+    with caplog.at_level(logging.WARNING):
+        small = fc.compress(Shared(), inputs, budget, samples=32, progress=False)
+    assert "not quantized" in caplog.text
+    assert not any(x.activation_bits for x in plan_of(small).levels.values())
+    with pytest.raises(UnsupportedLayerError, match="activation_bits"):
+        fc.compress(Shared(), inputs, budget, activation_bits=8, progress=False)
+
+
+def test_bits_of_inputs_may_be_one_number(net, batches, tmp_path) -> None:
+    budget = fc.Budget(bops="12%")
+    settings = {"budget": budget, "samples": 32, "refine": False}
+    one = compress(net, batches, tmp_path / "run", activation_bits=8, **settings)
+    assert compress(net, batches, activation_bits=iter([8]), **settings) == one
+    few = [x[:4] for x in batches[:1]]
+    compress(net, few, budget=fc.Budget(bops="5%"))  # too few to refine with

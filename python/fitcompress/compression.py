@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
-from fitcompress.data.batches import digest, take, tensors
-from fitcompress.errors import BudgetExceededError, FormatError
+from fitcompress.data.batches import batch_size, digest, take, tensors
+from fitcompress.errors import (
+    BudgetExceededError,
+    FormatError,
+    UnsupportedLayerError,
+)
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.refinement import Refinement
@@ -20,7 +24,7 @@ from fitcompress.sensitivity.table import Sensitivity
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import nn
@@ -33,7 +37,7 @@ __all__ = ["compress"]
 logger = logging.getLogger(__name__)
 RETRIES = 4
 INPUT_BITS = (8, 6, 5, 4, 3, 2)  # of layers' inputs, under a bound on bit operations
-REFINEMENT_PLANS = 24
+REFINEMENT_PLANS, ENOUGH = 24, 16  # samples that it takes
 
 
 def compress(
@@ -44,7 +48,7 @@ def compress(
     method: Method | None = None,
     family: Family | None = None,
     samples: int | None = 1024,
-    activation_bits: Sequence[int] | None = None,
+    activation_bits: int | Iterable[int] | None = None,
     refine: bool | Refinement | None = None,
     compensation: Compensation | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -71,11 +75,12 @@ def compress(
         family: As for :func:`search`.
         samples: Inputs used to calibrate, None for all; half as many measure the
             sensitivity.
-        activation_bits: Bits that inputs of layers may have, falling; () to leave
-            them in float. None: 8, 6, 5, 4, 3 and 2 under a bound on bit operations,
-            none otherwise.
+        activation_bits: Bits that inputs of layers may have, one or falling; () to
+            leave them in float. None: 8, 6, 5, 4, 3 and 2 under a bound on bit
+            operations if all inputs can be quantized, none otherwise.
         refine: Whether :func:`refine` corrects the sensitivity; with what, if it is a
-            :class:`Refinement`. None: with 24 plans where inputs are quantized.
+            :class:`Refinement`. None: with 24 plans where inputs are quantized and
+            there are 16 samples.
         compensation: As for :func:`apply`.
         checkpoint: Progress is saved in files of this name with ``.measure``,
             ``.refine``, ``.sensitivity`` and ``.apply`` appended, and resumed from
@@ -101,40 +106,50 @@ def compress(
     check_finite(model)
     files = _Files(checkpoint)
     # Once: a second pass of a loader that shuffles would yield others after a kill.
-    given = take(loader, samples)
+    given = list(take(loader, samples))
     # Labels of sequences may say that positions do not count.
     inputs = [(x, y) if isinstance(x, dict) else x for x, y in given]
     half = None if samples is None else max(1, samples // 2)
-    if activation_bits is None:
-        activation_bits = () if budget.bops is None else INPUT_BITS
+    usual = activation_bits is None
+    bits = _bits(activation_bits, budget)
     options = compensation or Compensation()
-    refinement = _refinement(refine, activation_bits, samples, options)
+    found = sum(map(batch_size, (x for x, _ in given)))
+    refinement = _refinement(refine, bits, found, options)
     key = ""
     if checkpoint is not None:
         key = f"{fingerprint(model, layers)}-{seed}-{half}-{_digest(inputs):08x}"
-        if activation_bits or refinement is not None:
-            how = zlib.crc32(repr((tuple(activation_bits), refinement)).encode())
-            key = f"{key}-{how:08x}"
-    table = files.sensitivity(key)
-    if table is None:
-        table = measure(
+        if bits:
+            key = f"{key}-{'-'.join(map(str, bits))}"
+
+    def measured(bits: tuple[int, ...]) -> Sensitivity:
+        return measure(
             model,
             inputs,
             samples=half,
-            activation_bits=activation_bits,
+            activation_bits=bits,
             checkpoint=files.path("measure"),
             seed=seed,
             progress=progress,
         )
-        if refinement is not None:
-            table = refinement.correct(
-                table,
-                model,
-                inputs,
-                checkpoint=files.path("refine"),
-                progress=progress,
-            )
+
+    table = files.sensitivity(key)
+    if table is None:
+        try:
+            table = measured(bits)
+        except UnsupportedLayerError as error:
+            if not (usual and bits):
+                raise
+            logger.warning("inputs of layers are not quantized: %s", error)
+            table, refinement = measured(()), None
         files.keep(table, key)
+    if refinement is not None:
+        table = refinement.correct(
+            table,
+            model,
+            inputs,
+            checkpoint=files.path("refine"),
+            progress=progress,
+        )
     tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
@@ -169,21 +184,29 @@ def compress(
     raise AssertionError
 
 
+def _bits(given: int | Iterable[int] | None, budget: Budget) -> tuple[int, ...]:
+    """Return the bits that inputs may have."""
+    if given is None:
+        return () if budget.bops is None else INPUT_BITS
+    return (given,) if isinstance(given, int) else tuple(given)
+
+
 def _refinement(
     wanted: bool | Refinement | None,
-    activation_bits: Sequence[int],
-    samples: int | None,
+    activation_bits: tuple[int, ...],
+    samples: int,
     compensation: Compensation,
 ) -> Refinement | None:
     """Return what corrects the sensitivity, or None."""
     if isinstance(wanted, Refinement):
         return wanted
     if wanted is None:
-        wanted = bool(activation_bits)
+        wanted = bool(activation_bits) and samples >= ENOUGH
     if not wanted:
         return None
-    usual = Refinement(plans=REFINEMENT_PLANS, compensation=compensation)
-    return usual if samples is None else replace(usual, samples=max(2, samples))
+    return Refinement(
+        samples=samples, plans=REFINEMENT_PLANS, compensation=compensation
+    )
 
 
 class _Files:

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FIXED", "threads"]
+__all__ = ["FIXED", "adopt_threads", "threads"]
 
 FIXED = 2  # threads of everything that decides on a plan or a file
 
@@ -28,3 +28,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def adopt_threads() -> None:
+    """Let this new thread compute with torch's number of threads; call it first.
+
+    Until a thread has asked for the number, OpenMP and BLAS give it one of their own,
+    that of the machine.
+    """
+    torch.get_num_threads()

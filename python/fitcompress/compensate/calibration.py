@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Calibration", "check_independent", "norm_divergence", "prepare"]
+__all__ = [
+    "Calibration",
+    "check_independent",
+    "largest_input",
+    "norm_divergence",
+    "prepare",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +116,7 @@ def prepare(
             "thousand are plenty",
             found,
         )
-    calibration = Calibration(_cut(given, _largest_input(model, layers, given[0])))
+    calibration = Calibration(_cut(given, largest_input(model, layers, given[0])))
     _compare_norms(model, calibration.pilot() or calibration)
     return calibration
 
@@ -217,7 +223,7 @@ def _first_few(given: list[Any]) -> Any:
 
 
 @torch.no_grad()
-def _largest_input(model: nn.Module, layers: dict[str, nn.Module], x: Any) -> int:
+def largest_input(model: nn.Module, layers: dict[str, nn.Module], x: Any) -> int:
     """Return the bytes of the largest input or output of a layer for one sample."""
     one = part(x, slice(1))
     largest = [t.numel() * t.element_size() for t in tensors(one)]

@@ -118,6 +118,8 @@ def remembered(
                 raise not_reached(layers, kept)
             name, answers = reached
             kept[name] = []
+            if layers[name].rounded_alone:  # nobody asks for them
+                continue
             for number in range(len(batches)):
                 y = answers[number]
                 limit -= y.numel() * y.element_size()

@@ -19,6 +19,7 @@ from fitcompress.errors import CalibrationError
 from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
 from fitcompress.model.positions import attention_masks, counted_rows
+from fitcompress.threads import adopt_threads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -73,6 +74,7 @@ class _Pass:
 
     def _run(self) -> None:
         self._go.acquire()
+        adopt_threads()
         try:
             if not self.abandoned:
                 with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fitcompress.compensate.calibration import prepare
+from fitcompress.compensate.calibration import largest_input, prepare
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
 from fitcompress.data.batches import batch_size, digest
@@ -22,9 +22,9 @@ from fitcompress.refinement.checks import check_batches, check_layers
 from fitcompress.refinement.plan_fit import Drawn, fit_plans, squared_error
 from fitcompress.refinement.plan_losses import (
     TINY,
+    Workers,
     float_inputs,
     plan_loss_rises,
-    worker_count,
 )
 from fitcompress.refinement.progress_file import ProgressFile
 from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
@@ -88,8 +88,9 @@ def calibrate(
     against what inputs do cost.
 
     Costs ``plans`` times an ``apply`` with half of the samples and a forward pass over
-    the other half, for each family; as many plans at the same time as torch has
-    threads, with the same result for any number of them.
+    the other half, for each family. Plans are applied side by side, as many as torch
+    has threads, eight at most, and as fit in 4 GiB; what the dense layers answer is
+    kept for all of them, if that fits in 2 GiB. The result does not depend on it.
 
     Args:
         sensitivity: What :func:`fitcompress.measure` or :func:`fitcompress.refine`
@@ -142,11 +143,14 @@ def calibrate(
     every = [
         plan for kind in kinds for plan in _plans(sensitivity, layers, drawn[kind])
     ]
-    workers = worker_count(model)
+    available = torch.get_num_threads()
     with threads(FIXED), torch.no_grad():
         modules = {layer.name: layer.module for layer in layers}
         batches = prepare(dense, modules, loader, samples).batches
         check_batches(batches)
+        widest = largest_input(dense, modules, batches[0])
+        held = widest * sum(map(batch_size, batches[::2]))
+        workers = Workers.for_model(dense, held, available)
         crc = zlib.crc32(repr([plan.to_json() for plan in every]).encode())
         options = None if compensation is None else asdict(compensation)
         crc = zlib.crc32(repr((options, temperature)).encode(), crc)
@@ -162,7 +166,7 @@ def calibrate(
             masks=masks,
             progress=False,
         )
-    with threads(1), torch.no_grad():  # of every worker
+    with threads(workers.threads), torch.no_grad():
         plain, soft = plan_loss_rises(
             compressor,
             every,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fitcompress.model.forward import call_model
 from fitcompress.model.positions import counted
 from fitcompress.progress import Bar
 from fitcompress.refinement.divergences import log_probabilities, softened_divergence
+from fitcompress.threads import FIXED, adopt_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,27 +32,47 @@ if TYPE_CHECKING:
 
     Reals = NDArray[np.float64]
 
-__all__ = ["TINY", "float_inputs", "plan_loss_rises", "worker_count"]
+__all__ = ["TINY", "Workers", "float_inputs", "plan_loss_rises"]
 
 STAGES = 2  # of a plan: its weights; its inputs as well
 TINY = 1e-30  # nats: there is no logarithm of nothing
 MOST_WORKERS = 8
-COPIES_BYTES = 2**31  # of the networks that all workers hold
+WORKER_BYTES = 2**32  # of all workers together
 ANSWER_BYTES = 2**31  # of the dense layers, kept for all plans
+LEAST = 1e-6  # of the median loss rise: the logarithm of less says nothing
 
 
-def worker_count(model: nn.Module) -> int:
-    """Return how many plans to apply at the same time, one thread each.
+@dataclass(frozen=True)
+class Workers:
+    """How many plans are applied at the same time.
 
-    As many as torch has threads, up to eight, if that many copies of the model, dense
-    and compressed, fit in 2 GiB; one on a GPU. The outcome does not depend on it.
+    Attributes:
+        count: Of plans; nothing but the time depends on it.
+        threads: Of each, which does not depend on the machine.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return 1
-    copies = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    fitting = COPIES_BYTES // max(copies, 1)
-    return max(1, min(torch.get_num_threads(), MOST_WORKERS, fitting))
+
+    count: int
+    threads: int
+
+    @classmethod
+    def for_model(cls, model: nn.Module, layer_bytes: int, threads: int) -> Workers:
+        """Return as many as fit in 4 GiB, up to eight and to ``threads``.
+
+        One on a GPU; and one, on two threads, where two would not fit.
+
+        Args:
+            model: The network.
+            layer_bytes: Of the largest input of a layer for all compensating samples;
+                a worker holds about three such.
+            threads: That torch has.
+        """
+        tensors = [*model.parameters(), *model.buffers()]
+        copy = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        fitting = WORKER_BYTES // max(2 * copy + 3 * layer_bytes, 1)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        if fitting < 2 or not on_cpu:
+            return cls(1, FIXED)
+        return cls(min(threads, MOST_WORKERS, fitting), 1)
 
 
 def plan_loss_rises(
@@ -62,7 +83,7 @@ def plan_loss_rises(
     temperature: float,
     file: ProgressFile,
     *,
-    workers: int,
+    workers: Workers,
     progress: bool,
 ) -> tuple[Reals, Reals]:
     """Return KL and softened KL of every plan, [P, stages] each.
@@ -77,7 +98,7 @@ def plan_loss_rises(
         measured: Inputs that the outputs are compared on.
         temperature: τ.
         file: Where finished plans are kept.
-        workers: How many plans at the same time.
+        workers: How many plans at the same time, in a block with their threads.
         progress: Show a bar.
 
     Raises:
@@ -94,7 +115,7 @@ def plan_loss_rises(
     if compressor.calibration is not None:
         compressor.remember_dense(ANSWER_BYTES)
     idle: SimpleQueue[Compressor] = SimpleQueue()
-    for number in range(workers):
+    for number in range(workers.count):
         idle.put(compressor.twin() if number else compressor)
 
     def rises(plan: Plan) -> torch.Tensor:
@@ -107,7 +128,7 @@ def plan_loss_rises(
 
     samples = sum(map(batch_size, measured))
     title = f"calibrate: {len(plans)} plans, {samples} inputs each"
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers.count, initializer=adopt_threads)
     with Bar(title, len(plans), enabled=progress) as bar:
         bar.advance(done)
         try:
@@ -124,7 +145,7 @@ def plan_loss_rises(
             fix="look for overflow in half precision",
         )
     plain, soft = (sums / rows).clamp_min(0.0).movedim(-1, 0).numpy()
-    return plain, np.maximum(soft, TINY)
+    return plain, np.maximum(soft, max(TINY, LEAST * float(np.median(soft[:, 0]))))
 
 
 def _rises(

@@ -53,7 +53,8 @@ def draw_inputs(
 ) -> NDArray[np.int64] | None:
     """Return the activation bits of every layer, indices [count, L].
 
-    None where the table has none, or grids are entropy-coded steps: no runtime executes
+    Inputs that cannot be quantized, as those of embeddings, stay in float. None where
+    the table has no bits for any, or grids are entropy-coded steps: no runtime executes
     those with quantized inputs.
     """
     bits = np.array([width or 0 for width in table.activation_bits])
@@ -62,7 +63,8 @@ def draw_inputs(
     tell = np.flatnonzero((bits >= LEAST_INPUT_BITS) & (bits <= MOST_INPUT_BITS))
     levels = tell if len(tell) else np.flatnonzero(bits)
     random = np.random.default_rng([seed, 2])
-    return np.asarray(levels[_even(len(levels), count, len(table.names), random)])
+    drawn = levels[_even(len(levels), count, len(table.names), random)]
+    return np.where(table.quantizable_inputs, drawn, 0)
 
 
 def sensible_grids(table: Sensitivity, family: str) -> NDArray[np.int64]:

@@ -280,7 +280,8 @@ def make_problem(
         activations=inputs,
         costs=np.ascontiguousarray(np.stack(costs)),
         distortion=np.ascontiguousarray(hurt),
-        allowed=allowed_cells(budget.rules, sensitivity, grids, kept),
+        allowed=allowed_cells(budget.rules, sensitivity, grids, kept)
+        & (sensitivity.quantizable_inputs[:, None] | (inputs == 0))[:, :, None],
         groups=_groups(budget.groups, sensitivity.names),
         limit_bytes=limit_bytes,
     )

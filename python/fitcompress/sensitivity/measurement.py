@@ -196,6 +196,7 @@ def measure(
         hurt, trace = input_distortion(layers, moments, histograms, bits)
         table["activation_bits"] = (None, *bits)
         table["activation_distortion"], table["activation_trace"] = hurt, trace
+    indices = [layer.name for layer in layers if layer.one_hot]
     sensitivity = Sensitivity(
         names=tuple(layer.name for layer in layers),
         shapes=tuple(layer.shape for layer in layers),
@@ -214,6 +215,7 @@ def measure(
             "masks_digest": rule.digest(),
             "allocation": shared,
             **({"losses": losses} if losses else {}),
+            **({"float_inputs": indices} if indices else {}),
         },
         **table,
     )

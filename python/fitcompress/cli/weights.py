@@ -17,22 +17,30 @@ from fitcompress.cli.app import (
     JsonOption,
     ModelOption,
     OutOption,
+    OwnWeightsOption,
     SeedOption,
     SizeOption,
-    WeightsOption,
     app,
     console,
     defaults,
     emit,
     prepare,
 )
-from fitcompress.cli.models import build_model, check_data, trained_model
+from fitcompress.cli.models import (
+    build_model,
+    fitting_data,
+    model_folder,
+    trained_model,
+)
+from fitcompress.cli.plans import FusedOption
 from fitcompress.compensate import apply as apply_plan
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress as compress_model
-from fitcompress.data import Dataset, load_dataset
+from fitcompress.data import Dataset
 from fitcompress.files import write_atomically
+from fitcompress.hugging_face import save_pretrained
 from fitcompress.model.costs import dense_bytes
+from fitcompress.model.fused_groups import fused_groups
 from fitcompress.search import Budget, Plan
 from fitcompress.storage.save_load import load, read, save
 from fitcompress.train import finetune as train_model
@@ -98,9 +106,9 @@ PackedArgument = Annotated[Path, typer.Argument(help="A packed file.")]
 @app.command()
 def compress(
     model: ModelOption,
-    weights: WeightsOption,
     dataset: DatasetOption,
     size: Annotated[str, typer.Option(help='Bytes of the file: "5%", "40KB", …')],
+    weights: OwnWeightsOption = None,
     out: OutOption = SMALL,
     data: DataOption = None,
     samples: SamplesOption = COMPRESS["samples"],
@@ -110,16 +118,17 @@ def compress(
     augment: AugmentOption = True,
     seed: SeedOption = COMPRESS["seed"],
     coding: CodingOption = CodingName.smallest,
+    fused: FusedOption = True,
     json: JsonOption = None,
 ) -> None:
     """Measure, search and apply in one go: no labels, no training."""
     prepare(json, out)
     start = time.monotonic()
-    budget = Budget(size=size)
+    Budget(size=size)  # says what is wrong before the model is read
     compensation = Compensation(drift=drift, beam=beam, bias=bias)
     network = trained_model(model, weights)
-    source = load_dataset(dataset, data)
-    check_data(network, source)
+    budget = Budget(size=size, groups=fused_groups(network) if fused else ())
+    source = fitting_data(model, network, dataset, data)
     loader = source.calibration(seed, augment=augment)
     small = compress_model(
         network,
@@ -137,8 +146,8 @@ def compress(
 def apply(
     plan: PlanArgument,
     model: ModelOption,
-    weights: WeightsOption,
     dataset: DatasetOption,
+    weights: OwnWeightsOption = None,
     out: OutOption = SMALL,
     data: DataOption = None,
     samples: SamplesOption = APPLY["samples"],
@@ -156,8 +165,7 @@ def apply(
     chosen = Plan.load(plan)
     compensation = Compensation(drift=drift, beam=beam, bias=bias)
     network = trained_model(model, weights)
-    source = load_dataset(dataset, data)
-    check_data(network, source)
+    source = fitting_data(model, network, dataset, data)
     loader = source.calibration(seed, augment=augment)
     small = apply_plan(
         network,
@@ -174,8 +182,8 @@ def apply(
 def finetune(
     packed: PackedArgument,
     model: ModelOption,
-    weights: WeightsOption,
     dataset: DatasetOption,
+    weights: OwnWeightsOption = None,
     channels: ChannelsOption = None,
     out: OutOption = Path("tuned.safetensors"),
     data: DataOption = None,
@@ -207,8 +215,7 @@ def finetune(
     start = time.monotonic()
     teacher = trained_model(model, weights)
     small = load(packed, build_model(model, channels), trainable=True)
-    source = load_dataset(dataset, data)
-    check_data(teacher, source)
+    source = fitting_data(model, teacher, dataset, data)
     result = train_model(
         small,
         source.training(batch_size, seed),
@@ -232,7 +239,7 @@ def finetune(
 def pack(
     plan: PlanArgument,
     model: ModelOption,
-    weights: WeightsOption,
+    weights: OwnWeightsOption = None,
     out: OutOption = SMALL,
     coding: CodingOption = CodingName.smallest,
     json: JsonOption = None,
@@ -249,9 +256,20 @@ def pack(
 def unpack(
     packed: PackedArgument,
     out: OutOption = Path("dense.safetensors"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="hf:DIR; then --out is a folder that from_pretrained loads, with "
+            "configuration and tokenizer of this one.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Write the weights of a packed file as a plain .safetensors checkpoint."""
+    if model is not None:
+        _unpack_folder(packed, model, out, json)
+        return
     prepare(json, out)
     content = read(packed)
     state = {key: value.contiguous().clone() for key, value in content.state().items()}
@@ -262,6 +280,18 @@ def unpack(
     emit(
         json, {"bytes_packed": content.size_bytes, "bytes": size, "tensors": len(state)}
     )
+
+
+def _unpack_folder(packed: Path, model: str, out: Path, json: Path | None) -> None:
+    if (folder := model_folder(model)) is None:
+        message = f"only --model hf:DIR unpacks to a folder; got {model[:50]}"
+        raise typer.BadParameter(message)
+    prepare(json, inputs=[packed])
+    save_pretrained(load(packed, build_model(model)), out, tokenizer=folder)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    console.print(f"{packed.stat().st_size:,} ⇒ {size:,} bytes")
+    console.print(f"wrote {out}")
+    emit(json, {"bytes_packed": packed.stat().st_size, "bytes": size})
 
 
 def _partial(out: Path) -> Path:

@@ -69,6 +69,10 @@ class Dataset:
         """Return the test batches."""
         return Batches(*self.test, batch_size=500)
 
+    def example(self) -> torch.Tensor:
+        """Return the inputs of one sample."""
+        return self.test[0][:1]
+
 
 def load_dataset(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
     """Return a data set by name.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from fitcompress.model.layers import compressible_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
-__all__ = ["FUSED", "fused_groups"]
+__all__ = ["FUSED", "fused_groups", "groups_of_names"]
 
 FUSED: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART, CLIP
@@ -60,17 +60,24 @@ def fused_groups(
         (('query', 'key', 'value'),)
         >>> budget = fc.Budget(size="20%", groups=fc.fused_groups(block))
     """
+    return groups_of_names((x.name for x in compressible_layers(model)), patterns)
+
+
+def groups_of_names(
+    names: Iterable[str], patterns: Sequence[Sequence[str]] = FUSED
+) -> tuple[tuple[str, ...], ...]:
+    """Return groups as :func:`fused_groups` does, of layers with these names."""
     found: dict[tuple[str, int], list[str]] = {}
-    for layer in compressible_layers(model):
-        parent, _, own = layer.name.rpartition(".")
+    for name in names:
+        parent, _, own = name.rpartition(".")
         for number, pattern in enumerate(patterns):
             places = [i for i, each in enumerate(pattern) if fnmatchcase(own, each)]
             if not places:
                 continue
             if places[0] or not _crosses(parent):
-                found.setdefault((parent, number), []).append(layer.name)
+                found.setdefault((parent, number), []).append(name)
             break
-    return tuple(tuple(names) for names in found.values() if len(names) > 1)
+    return tuple(tuple(group) for group in found.values() if len(group) > 1)
 
 
 def _crosses(parent: str) -> bool:

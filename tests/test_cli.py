@@ -185,6 +185,9 @@ def test_packing_without_data_and_compressing_in_one_go(run, tiny_files) -> None
     assert Path("once").stat().st_size <= 900
     done(run(*arguments, "--out", "twice"))
     assert Path("once").read_bytes() == Path("twice").read_bytes()
+    done(run("compress", *MODEL, *DIGITS, "--bops", "5%", "--out", "few"))
+    assert "input" in done(run("inspect", "few")).out
+    assert "a budget bounds a cost" in run("compress", *MODEL, *DIGITS).err
 
 
 @pytest.mark.parametrize(

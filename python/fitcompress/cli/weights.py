@@ -107,7 +107,13 @@ PackedArgument = Annotated[Path, typer.Argument(help="A packed file.")]
 def compress(
     model: ModelOption,
     dataset: DatasetOption,
-    size: Annotated[str, typer.Option(help='Bytes of the file: "5%", "40KB", …')],
+    size: Annotated[
+        str | None, typer.Option(help='Bytes of the file: "5%", "40KB", …')
+    ] = None,
+    bops: Annotated[
+        str | None,
+        typer.Option(help='Bit operations: "2%", … Quantizes inputs of layers, too.'),
+    ] = None,
     weights: OwnWeightsOption = None,
     out: OutOption = SMALL,
     data: DataOption = None,
@@ -124,10 +130,11 @@ def compress(
     """Measure, search and apply in one go: no labels, no training."""
     prepare(json, out)
     start = time.monotonic()
-    Budget(size=size)  # says what is wrong before the model is read
+    Budget(size=size, bops=bops)  # says what is wrong before the model is read
     compensation = Compensation(drift=drift, beam=beam, bias=bias)
     network = trained_model(model, weights)
-    budget = Budget(size=size, groups=fused_groups(network) if fused else ())
+    groups = fused_groups(network) if fused else ()
+    budget = Budget(size=size, bops=bops, groups=groups)
     source = fitting_data(model, network, dataset, data)
     loader = source.calibration(seed, augment=augment)
     small = compress_model(

@@ -1,0 +1,348 @@
+"""``compensate_shards``: compression of a decoder that does not fit in memory."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fitcompress.blockwise.layer import compensated, joined
+from fitcompress.blockwise.passes import Passes, Stage
+from fitcompress.blockwise.rows import RowWriter
+from fitcompress.blockwise.skeleton import Skeleton
+from fitcompress.blockwise.sums import names_of
+from fitcompress.blockwise.tokens import Tokens, checked_tokens
+from fitcompress.blockwise.values import NAMES, Values, fill
+from fitcompress.blockwise.work import Coded, Work
+from fitcompress.compensate.options import Compensation
+from fitcompress.compensate.rounding import rounded_matrix
+from fitcompress.compensate.trust import judge
+from fitcompress.data.batches import digest
+from fitcompress.errors import BudgetExceededError, OptionError
+from fitcompress.files import check_no_input, check_writable, write_atomically
+from fitcompress.progress import Bar
+from fitcompress.sensitivity.shards import Shards
+from fitcompress.storage.coded_weight import (
+    CodedWeight,
+    Coding,
+    check_coding,
+    write_coded,
+)
+from fitcompress.storage.container import Outline, pack_parts, packed_size
+from fitcompress.storage.save_load import plan_info
+from fitcompress.storage.sections import Leftovers, write_leftovers
+from fitcompress.threads import FIXED, threads
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from fitcompress.blockwise.skeleton import Group
+    from fitcompress.compensate.sweep import Quantized
+    from fitcompress.model import Layer
+    from fitcompress.search.plan import Level, Plan
+    from fitcompress.storage.container import Section
+
+__all__ = ["compensate_shards"]
+
+ROWS = 12_288  # rows of a layer that are compensated at a time
+
+
+def compensate_shards(
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    tokens: Any,
+    out: str | os.PathLike[str],
+    *,
+    compensation: Compensation | None = None,
+    coding: Coding = "smallest",
+    work: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> int:
+    """Compress a decoder from its ``.safetensors`` shards, a block at a time.
+
+    What ``apply`` and ``save`` do, for a causal language model of Hugging Face whose
+    blocks are those of Llama (Llama, Mistral, Qwen and others): first h +
+    o(attention(norm(h))), then h + down(mlp(norm(h))), which is checked. Embeddings are
+    rounded; of every block the groups q/k/v, o, gate/up and down are compensated one after the
+    other, then the head if its weight is its own. Hidden states of all tokens lie on
+    disk, once of the dense network and once of the compressed one. Of the weights those
+    of one half of a block are in memory, and of the moments of a group's inputs H, 8
+    (columns + 1)² bytes, two at a time.
+
+    Computes in float32, and moments in float64, whatever the type of the weights.
+
+    Args:
+        folder: Of the model: ``config.json`` and ``.safetensors`` files.
+        plan: For this model; its levels are taken as they are.
+        tokens: Calibration tokens, integers [sequences, length], without padding.
+        out: The packed file, as ``save`` writes it.
+        compensation: What compensation does; None for the defaults. γ is always
+            cross-validated, unless it is given.
+        coding: As for ``save``.
+        work: Folder for hidden states and finished layers, removed at the end; None:
+            ``out`` with ``.work`` behind it. About 4 · tokens · (3 · width + the inner
+            width of the mlp) bytes at the least; a killed run goes on from its last
+            finished group and ends with the same bytes.
+        progress: Show a bar with the time left.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        MissingDependencyError: transformers is not installed.
+        FormatError: Config or files are damaged, or do not fit each other.
+        UnsupportedLayerError: The blocks are others.
+        PlanMismatchError: The plan is for another model.
+        OptionError: The plan has activation bits, the work folder holds another run's
+            work, or ``out`` is one of the files.
+        DataError: The tokens cannot be used.
+        NonFiniteError: A weight or an activation is NaN or infinite.
+        CalibrationError: Moments cannot be inverted.
+        BudgetExceededError: The file would exceed the plan's limit; nothing is written.
+        OutputError: The file or the work folder cannot be written.
+    """
+    check_writable(out)
+    shards = Shards(folder)
+    check_no_input(out, shards.files)
+    run = _Run(
+        shards,
+        Skeleton(folder),
+        plan,
+        tokens,
+        compensation or Compensation(),
+        check_coding(coding),
+        Path(f"{out}.work") if work is None else Path(work),
+    )
+    with threads(FIXED):
+        run.all_stages(progress=progress)
+        size = run.write(out)
+    run.work.forget()
+    return size
+
+
+class _Run:
+    """One call of ``compensate_shards``."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        skeleton: Skeleton,
+        plan: Plan,
+        tokens: Any,
+        options: Compensation,
+        coding: Coding,
+        work: Path,
+    ) -> None:
+        self._shards, self._skeleton = shards, skeleton
+        self._plan, self._options, self._coding = plan, options, coding
+        plan.check({layer.name: layer.shape for layer in skeleton.layers})
+        for name, level in plan.levels.items():
+            if level.activation_bits is not None:
+                raise OptionError(
+                    "the plan quantizes activations, which takes the whole model",
+                    got=f"{level.activation_bits} bits for the input of {name}",
+                    wanted="a plan without activation bits",
+                    fix="search without them, or use apply",
+                )
+        for number in range(skeleton.blocks):
+            skeleton.groups(number)
+        self._aliases = {
+            f"{name}.weight": f"{layer.name}.weight"
+            for layer in skeleton.layers
+            for name, _ in layer.tied
+        }
+        state = skeleton.model.state_dict()
+        self._state = {
+            name: tuple(tensor.shape)
+            for name, tensor in state.items()
+            if name not in self._aliases
+        }
+        self._values = Values(shards, self._state)
+        self._tokens: Tokens = checked_tokens(tokens, skeleton.embedding.rows)
+        self.work = Work(work, self._key())
+        self._stage_of: dict[str, str] = {}
+
+    def _key(self) -> str:
+        files = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self._shards.files
+        ]
+        about = (
+            self._plan.to_json(),
+            self._options,
+            self._coding,
+            tuple(self._tokens.ids.shape),
+            files,
+            self._skeleton.config.to_json_string(),
+        )
+        crc = zlib.crc32(repr(about).encode())
+        return f"{digest(self._tokens.ids, crc):08x}"
+
+    @torch.no_grad()
+    def all_stages(self, *, progress: bool) -> None:
+        """Do all that is not done yet."""
+        blocks, head = self._skeleton.blocks, self._skeleton.head
+        parts = sum(len(self._tokens.chunks(held_out=held)) for held in (False, True))
+        passes = 4 * blocks + (head is not None)
+        total = len(self._skeleton.layers) + passes * parts
+        with Bar("compensate: blocks", total, enabled=progress) as bar:
+            run = Passes(self._skeleton, self._values, self._tokens, self.work, bar)
+            self._embed(bar)
+            for number in range(blocks):
+                known: dict[str, Coded] = {}
+                if number:
+                    known |= self._last_of(run.stages(number - 1))
+                stages, groups = run.stages(number), self._skeleton.groups(number)
+                for stage, group in zip(stages, groups, strict=True):
+                    self._values.know(known)
+                    known |= self._stage(run, stage, number, group, bar)
+            if head is not None:
+                self._values.know(self._last_of(run.stages(blocks - 1)))
+                self._stage(run, run.head_stage(head), blocks, None, bar)
+        self.work.tidy(())
+        self._judge()
+
+    def _last_of(self, stages: list[Stage]) -> dict[str, Coded]:
+        return self.work.layers(stages[-1].name)
+
+    def _stage(
+        self, run: Passes, stage: Stage, number: int, group: Group | None, bar: Bar
+    ) -> dict[str, Coded]:
+        """Do one stage, if it is not done, and return its layers."""
+        for layer in stage.layers:
+            self._stage_of[layer.name] = stage.name
+        if not self.work.done(stage.name):
+            run.run(stage, number, group)
+            names = names_of(stage.name, held_out=self._tokens.held_out)
+            self.work.tidy([*stage.keeps, *names])
+            self._shards.release()
+            made = {}
+            for layer in stage.layers:
+                made[layer.name] = self._compensate(layer, stage)
+                bar.advance(note=layer.name)
+            self.work.put(stage.name, made)
+        self.work.tidy(stage.keeps)
+        return self.work.layers(stage.name)
+
+    def _compensate(self, layer: Layer, stage: Stage) -> Coded:
+        level = self._plan.levels[layer.name]
+        weight = self._values.dense(f"{layer.name}.weight")
+        biased = getattr(layer.module, "bias", None) is not None
+        rows = len(weight) if level.sparsity else ROWS
+        made = joined(
+            [
+                compensated(
+                    part,
+                    level,
+                    self._options,
+                    self.work,
+                    stage.name,
+                    rows=slice(first, first + len(part)),
+                    by_inputs=stage.by_inputs,
+                    held_out=self._tokens.held_out,
+                    biased=biased,
+                    name=layer.name,
+                )
+                for first, part in zip(
+                    range(0, len(weight), rows), weight.split(rows), strict=True
+                )
+            ]
+        )
+        del weight
+        return self._coded(layer, level, made)
+
+    def _coded(self, layer: Layer, level: Level, made: Quantized) -> Coded:
+        dtype = NAMES[self._shards.tensors[f"{layer.name}.weight"].dtype]
+        coded = CodedWeight(
+            layer.name, made.codes, made.scale, dtype, level, layer.view
+        )
+        section = write_coded(coded, self._coding)
+        return Coded(section, made.shift, made.trust, made.drift)
+
+    def _embed(self, bar: Bar) -> None:
+        """Round the embedding, and look up the first hidden states."""
+        layer, stage = self._skeleton.embedding, "embedding"
+        self._stage_of[layer.name] = stage
+        names = [f"block-0000.h.{kind}" for kind in ("dense", "small")]
+        if self.work.done(stage):
+            bar.advance()
+            return
+        level = self._plan.levels[layer.name]
+        dense = self._values.dense(f"{layer.name}.weight")
+        self._shards.release()
+        width, ids = self._skeleton.width, self._tokens.ids
+        with RowWriter(self.work.rows(names[0]), ids.numel(), width) as file:
+            for number, sequence in enumerate(ids):
+                file.write(number * len(sequence), dense[sequence])
+        if self._skeleton.blocks:
+            states = dense[ids[:1]]
+            self._skeleton.check_halves(
+                0, states, lambda module, name: _filled(module, name, self._values)
+            )
+            self._shards.release()
+        rows = len(dense) if level.sparsity else ROWS
+        made = joined([rounded_matrix(part, level) for part in dense.split(rows)])
+        del dense
+        dtype = self._values.dtype(f"{layer.name}.weight")
+        scale = made.scale.expand(len(made.codes))
+        with RowWriter(self.work.rows(names[1]), ids.numel(), width) as file:
+            for number, sequence in enumerate(ids):
+                found = made.codes[sequence].float() * scale[sequence][:, None]
+                file.write(number * len(sequence), found.to(dtype).float())
+        self.work.put(stage, {layer.name: self._coded(layer, level, made)})
+        self.work.tidy(names)
+        bar.advance(note=layer.name)
+
+    def _judge(self) -> None:
+        stages = dict.fromkeys(self._stage_of.values())
+        trusts = [c.trust for s in stages for c in self.work.layers(s).values()]
+        judge(trusts, len(self._tokens.ids))
+
+    def write(self, out: str | os.PathLike[str]) -> int:
+        """Write the packed file and return its size."""
+        shifts: dict[str, torch.Tensor] = {}
+        found: dict[str, Outline] = {}
+        for stage in dict.fromkeys(self._stage_of.values()):
+            found |= self.work.outlines(stage)
+            for name, coded in self.work.layers(stage).items():
+                if coded.shift is not None:
+                    shifts[f"{name}.bias"] = coded.shift
+        coded_keys = {f"{name}.weight" for name in self._plan.levels}
+        left = {
+            key: self._values.leftover(key, shifts.get(key))
+            for key in self._state
+            if key not in coded_keys
+        }
+        leftovers = write_leftovers(Leftovers(left, {}, self._aliases))
+        names = list(self._plan.levels)
+        outlines = [*(found[name] for name in names), Outline.of(leftovers)]
+        total = sum(level.distortion for level in self._plan.levels.values())
+        info = plan_info(replace(self._plan, distortion=total))
+        size, limit = packed_size(info, outlines), self._plan.limit_bytes
+        if limit is not None and size > limit:
+            raise BudgetExceededError(
+                "the packed file would exceed the plan's budget and is not written",
+                size_bytes=size,
+                got=f"{size} bytes",
+                wanted=f"at most {limit} bytes",
+                fix="search again with a smaller budget",
+            )
+        write_atomically(out, pack_parts(info, outlines, self._payloads(leftovers)))
+        return size
+
+    def _payloads(self, leftovers: Section) -> Iterator[bytes]:
+        stage, layers = "", dict[str, Coded]()
+        for name in self._plan.levels:
+            if self._stage_of[name] != stage:
+                stage = self._stage_of[name]
+                layers = self.work.layers(stage)
+            yield layers[name].section.payload
+        yield leftovers.payload
+
+
+def _filled(module: torch.nn.Module, name: str, values: Values) -> None:
+    fill(module, name, values.dense)

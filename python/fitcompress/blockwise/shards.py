@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compensate_shards"]
 
+logger = logging.getLogger(__name__)
+
 ROWS = 12_288  # rows of a layer that are compensated at a time
 
 
@@ -67,8 +71,8 @@ def compensate_shards(
     What ``apply`` and ``save`` do, for a causal language model of Hugging Face whose
     blocks are those of Llama (Llama, Mistral, Qwen and others): first h +
     o(attention(norm(h))), then h + down(mlp(norm(h))), which is checked. Embeddings are
-    rounded; of every block the groups q/k/v, o, gate/up and down are compensated one after the
-    other, then the head if its weight is its own. Hidden states of all tokens lie on
+    rounded; the groups q/k/v, o, gate/up and down of each block compensated in turn,
+    then the head if its weight is its own. Hidden states of all tokens lie on
     disk, once of the dense network and once of the compressed one. Of the weights those
     of one half of a block are in memory, and of the moments of a group's inputs H, 8
     (columns + 1)² bytes, two at a time.
@@ -216,7 +220,9 @@ class _Run:
         for layer in stage.layers:
             self._stage_of[layer.name] = stage.name
         if not self.work.done(stage.name):
+            start = time.monotonic()
             run.run(stage, number, group)
+            middle = time.monotonic()
             names = names_of(stage.name, held_out=self._tokens.held_out)
             self.work.tidy([*stage.keeps, *names])
             self._shards.release()
@@ -225,7 +231,13 @@ class _Run:
                 made[layer.name] = self._compensate(layer, stage)
                 bar.advance(note=layer.name)
             self.work.put(stage.name, made)
-        self.work.tidy(stage.keeps)
+            self.work.tidy(stage.keeps)
+            logger.info(
+                "%s: tokens %.1f s, layers %.1f s",
+                stage.name,
+                middle - start,
+                time.monotonic() - middle,
+            )
         return self.work.layers(stage.name)
 
     def _compensate(self, layer: Layer, stage: Stage) -> Coded:

@@ -90,9 +90,7 @@ class Skeleton:
         try:
             config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation="sdpa"
-                )
+                model = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise FormatError(
                 f"{folder} is no model that transformers can build",

@@ -260,7 +260,7 @@ class _Run:
                     name=layer.name,
                 )
                 for first, part in zip(
-                    range(0, len(weight), rows), weight.split(rows), strict=True
+                    range(0, len(weight), rows), torch.split(weight, rows), strict=True
                 )
             ]
         )
@@ -297,7 +297,9 @@ class _Run:
             )
             self._shards.release()
         rows = len(dense) if level.sparsity else ROWS
-        made = joined([rounded_matrix(part, level) for part in dense.split(rows)])
+        made = joined(
+            [rounded_matrix(part, level) for part in torch.split(dense, rows)]
+        )
         del dense
         dtype = self._values.dtype(f"{layer.name}.weight")
         scale = made.scale.expand(len(made.codes))

@@ -89,8 +89,9 @@ class Skeleton:
             ) from error
         try:
             config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+            build: Any = AutoModelForCausalLM
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = build.from_config(config)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise FormatError(
                 f"{folder} is no model that transformers can build",
@@ -103,8 +104,8 @@ class Skeleton:
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             if not isinstance(getattr(self._inner, part, None), nn.Module):
                 raise self._unsupported(f"a model without {part}")
-        rotary = type(self._inner.rotary_emb)
-        self._inner.rotary_emb = rotary(config=config)
+        inner: Any = self._inner
+        inner.rotary_emb = type(inner.rotary_emb)(config=config)
         self.layers = compressible_layers(model)
         self._by_name = {layer.name: layer for layer in self.layers}
         self._prefix = "model."

@@ -78,7 +78,8 @@ class GroupSums:
                     fix="look for NaN in the model, or for tokens that overflow",
                 )
             path = work.rows(_name(stage, part, kind))
-            with RowWriter(path, *tensor.shape, torch.float64) as file:
+            count, width = tensor.shape
+            with RowWriter(path, count, width, torch.float64) as file:
                 file.write(0, tensor)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fitcompress.compensate.cholesky import cholesky_, inverse_factor, solved
 from fitcompress.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -153,38 +154,35 @@ def solve(
     if drift > 0:
         right = whole.x.add_(weight, alpha=ridge).T[order]
         whole.x = lower.new_empty(0)
-        target = torch.cholesky_solve(right, lower)
+        target = solved(lower, right)
         del right
-        target = target.T.contiguous().mul_(drift)
+        target = target.flip(0).T.contiguous().mul_(drift)
+        order = order.flip(0)
         target.add_(weight[:, order], alpha=1 - drift)
     else:
+        order = order.flip(0)
         target = weight[:, order].double()
-    inverse = torch.cholesky_inverse(lower)
+    upper = inverse_factor(lower)
     del lower
-    diagonal = inverse.diagonal().clone()
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    del inverse
-    if failed:
-        raise _singular(name, damping)
-    return Target(target, upper.contiguous(), diagonal, order, drift, gain)
+    diagonal = torch.linalg.vector_norm(upper, dim=0).square()
+    return Target(target, upper, diagonal, order, drift, gain)
 
 
 def _factor(
     normal: Normal, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ.
+    """Return the Cholesky factor of H + δ in *rising* order of H_jj, the order, δ.
 
     H is taken out of ``normal``, to save memory.
     """
-    order = normal.h.diagonal().argsort(descending=True, stable=True)
+    order = normal.h.diagonal().argsort(descending=True, stable=True).flip(0)
     h, normal.h = normal.h[order], normal.h.new_empty(0)
     h, added = h[:, order], 0.0
     for _ in range(ATTEMPTS):
         h.diagonal().add_(ridge - added)
         added = ridge
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            return lower, order, ridge
+        if cholesky_(h):
+            return h, order, ridge
         logger.warning("layer %s: H is singular, damping raised tenfold", name)
         ridge *= 10
     raise _singular(name, ridge)
@@ -221,7 +219,7 @@ def drift_share(
     right = normal.x.add(weight, alpha=ridge).T[order]
     del normal
     correction = torch.empty_like(weight)
-    correction[:, order] = torch.cholesky_solve(right, lower).T
+    correction[:, order] = solved(lower, right).T
     del lower, right
     correction -= weight
     slope, curvature = _slope(weight, correction, held_out())

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import fitcompress as fc
-from fitcompress.blockwise import layer, rows, shards, tokens
+from fitcompress.blockwise import layer, rows, shards, steps, tokens
 from fitcompress.blockwise.work import Work
 from fitcompress.errors import (
     BudgetExceededError,
@@ -240,7 +240,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
         )
         assert run(folder, plan, tmp_path / "file") == data
     done = at - 2 if name == "put" else 0  # stages but the embedding
-    assert len(calls) <= 15 - 1.5 * done  # what was finished is not done again
+    assert len(calls) <= 15 - done  # what was finished is not done again
 
 
 KILLED = """
@@ -324,14 +324,48 @@ def test_sequences_are_held_out_as_apply_does() -> None:
     assert not tokens.Tokens(calibration(3)).held_out
 
 
+def test_steps_are_scaled_until_the_file_uses_the_limit(tmp_path, monkeypatch) -> None:
+    net = network(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
+    folder = saved(net, tmp_path / "net")
+    for limit in (50_000, 75_000):
+        plan = plan_of(net, fc.Grid(step=0.4), limit_bytes=limit)
+        data = run(folder, plan, tmp_path / "f")
+        assert 0.97 * limit <= len(data) <= limit
+        steps = {x.grid.step for x in read(tmp_path / "f").plan.levels.values()}
+        assert max(steps) < 1.35 * min(steps)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Work, "put", 12)
+        with pytest.raises(Stopped):
+            run(folder, plan, tmp_path / "g")
+    assert run(folder, plan, tmp_path / "g") == data
+
+
+def test_the_last_layers_make_up_for_what_is_too_much(tmp_path, monkeypatch) -> None:
+    net = network(hidden_size=64, intermediate_size=96)
+    folder = saved(net, tmp_path / "net")
+    plan = plan_of(net, fc.Grid(step=0.4), limit_bytes=30_000)
+    real = steps.pace_for
+
+    def too_fine(*arguments, **named):
+        pace = real(*arguments, **named)
+        pace._factor, pace._target = 0.97 * pace._factor, 1.02 * pace._target
+        return pace
+
+    monkeypatch.setattr(shards, "pace_for", too_fine)
+    assert 29_000 <= len(run(folder, plan, tmp_path / "f")) <= 30_000
+    found = read(tmp_path / "f").plan.levels
+    assert found["lm_head"].grid.step > 1.05 * found["model.embed_tokens"].grid.step
+
+
 def test_no_file_beyond_the_budget(tmp_path) -> None:
     net = network()
     folder = saved(net, tmp_path / "net")
-    with pytest.raises(BudgetExceededError) as caught:
-        run(folder, plan_of(net, limit_bytes=1000), tmp_path / "f")
-    size = caught.value.size_bytes
-    assert not (tmp_path / "f").exists()
-    assert len(run(folder, plan_of(net, limit_bytes=size), tmp_path / "g")) == size
+    for grid in (STEP, fc.Grid(bits=4)):
+        with pytest.raises(BudgetExceededError) as caught:
+            run(folder, plan_of(net, grid, limit_bytes=500), tmp_path / "f")
+        assert caught.value.size_bytes > 500 and not (tmp_path / "f").exists()
+        for path in (tmp_path / "f.work").iterdir():
+            path.unlink()
 
 
 def test_models_of_other_blocks_are_refused(tmp_path) -> None:

@@ -93,6 +93,11 @@ class Passes:
         self._skeleton, self._values, self._tokens = skeleton, values, tokens
         self._work, self._bar = work, bar
 
+    @property
+    def parts(self) -> int:
+        """How many parts the tokens of a pass are cut into."""
+        return sum(len(self._tokens.chunks(held_out=held)) for held in (False, True))
+
     def stages(self, number: int) -> list[Stage]:
         """Return the four stages of a block."""
         name, width = f"block-{number:04d}", self._skeleton.width
@@ -128,6 +133,7 @@ class Passes:
         """
         names = names_of(stage.name, held_out=self._tokens.held_out)
         if all(self._work.rows(n).exists() for n in [*stage.writes, *names]):
+            self._bar.advance(self.parts)
             return
         if group is None:
             step = self._into_head(number)

@@ -15,12 +15,15 @@ from fitcompress.blockwise.layer import compensated, joined
 from fitcompress.blockwise.passes import Passes, Stage
 from fitcompress.blockwise.rows import RowWriter
 from fitcompress.blockwise.skeleton import Skeleton
+from fitcompress.blockwise.steps import pace_for
 from fitcompress.blockwise.sums import names_of
 from fitcompress.blockwise.tokens import Tokens, checked_tokens
 from fitcompress.blockwise.values import NAMES, Values, fill
 from fitcompress.blockwise.work import Coded, Work
+from fitcompress.compensate.compressor import scaled
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.rounding import rounded_matrix
+from fitcompress.compensate.size_fit import Pace
 from fitcompress.compensate.trust import judge
 from fitcompress.data.batches import digest
 from fitcompress.errors import BudgetExceededError, OptionError
@@ -53,6 +56,7 @@ __all__ = ["compensate_shards"]
 logger = logging.getLogger(__name__)
 
 ROWS = 12_288  # rows of a layer that are compensated at a time
+RETRIES = 4  # of the last layers, until the file fits
 
 
 def compensate_shards(
@@ -81,7 +85,8 @@ def compensate_shards(
 
     Args:
         folder: Of the model: ``config.json`` and ``.safetensors`` files.
-        plan: For this model; its levels are taken as they are.
+        plan: For this model. If it bounds the bytes of the file, all steps are scaled
+            by about one factor, the last layers by what then is left.
         tokens: Calibration tokens, integers [sequences, length], without padding.
         out: The packed file, as ``save`` writes it.
         compensation: What compensation does; None for the defaults. γ is always
@@ -169,7 +174,9 @@ class _Run:
         self._values = Values(shards, self._state)
         self._tokens: Tokens = checked_tokens(tokens, skeleton.embedding.rows)
         self.work = Work(work, self._key())
+        self._pace = Pace("blocks", 1.0)
         self._stage_of: dict[str, str] = {}
+        self._levels: dict[str, Level] = {}
 
     def _key(self) -> str:
         files = [
@@ -193,6 +200,9 @@ class _Run:
         parts = sum(len(self._tokens.chunks(held_out=held)) for held in (False, True))
         passes = 4 * blocks + (head is not None)
         total = len(self._skeleton.layers) + passes * parts
+        self._pace = pace_for(
+            self._plan, self._skeleton, self._values, self.work.sizes, progress=progress
+        )
         with Bar("compensate: blocks", total, enabled=progress) as bar:
             run = Passes(self._skeleton, self._values, self._tokens, self.work, bar)
             self._embed(bar)
@@ -203,10 +213,12 @@ class _Run:
                 stages, groups = run.stages(number), self._skeleton.groups(number)
                 for stage, group in zip(stages, groups, strict=True):
                     self._values.know(known)
-                    known |= self._stage(run, stage, number, group, bar)
+                    last = head is None and stage is stages[-1] and number == blocks - 1
+                    known |= self._stage(run, stage, number, group, bar, last=last)
             if head is not None:
                 self._values.know(self._last_of(run.stages(blocks - 1)))
-                self._stage(run, run.head_stage(head), blocks, None, bar)
+                stage = run.head_stage(head)
+                self._stage(run, stage, blocks, None, bar, last=True)
         self.work.tidy(())
         self._judge()
 
@@ -214,34 +226,77 @@ class _Run:
         return self.work.layers(stages[-1].name)
 
     def _stage(
-        self, run: Passes, stage: Stage, number: int, group: Group | None, bar: Bar
+        self,
+        run: Passes,
+        stage: Stage,
+        number: int,
+        group: Group | None,
+        bar: Bar,
+        *,
+        last: bool,
     ) -> dict[str, Coded]:
         """Do one stage, if it is not done, and return its layers."""
+        if self.work.done(stage.name):
+            bar.advance(run.parts + len(stage.layers))
+            return self._note(stage.name)
+        start = time.monotonic()
+        run.run(stage, number, group)
+        middle = time.monotonic()
+        names = names_of(stage.name, held_out=self._tokens.held_out)
+        self.work.tidy([*stage.keeps, *names])
+        self._shards.release()
+        made: dict[str, Coded] = {}
         for layer in stage.layers:
-            self._stage_of[layer.name] = stage.name
-        if not self.work.done(stage.name):
-            start = time.monotonic()
-            run.run(stage, number, group)
-            middle = time.monotonic()
-            names = names_of(stage.name, held_out=self._tokens.held_out)
-            self.work.tidy([*stage.keeps, *names])
-            self._shards.release()
-            made = {}
+            factor = self._pace.factor(layer.name)
+            made[layer.name] = self._compensate(layer, stage, factor)
+            bar.advance(note=layer.name)
+        for _ in range(RETRIES if last else 0):
+            over = self._over(made)
+            if over <= 0:
+                break
+            size = sum(len(each.section.payload) for each in made.values())
+            wider = (1.01 * size / max(size - over, size / 4)) ** 1.5
+            logger.info("%s: %d bytes too many, once more", stage.name, over)
             for layer in stage.layers:
-                made[layer.name] = self._compensate(layer, stage)
-                bar.advance(note=layer.name)
-            self.work.put(stage.name, made)
-            self.work.tidy(stage.keeps)
-            logger.info(
-                "%s: tokens %.1f s, layers %.1f s",
-                stage.name,
-                middle - start,
-                time.monotonic() - middle,
-            )
-        return self.work.layers(stage.name)
+                factor = (
+                    wider * made[layer.name].factor / self._pace.factors[layer.name]
+                )
+                made[layer.name] = self._compensate(layer, stage, factor)
+        self.work.put(stage.name, made)
+        self.work.tidy(stage.keeps)
+        logger.info(
+            "%s: tokens %.1f s, layers %.1f s",
+            stage.name,
+            middle - start,
+            time.monotonic() - middle,
+        )
+        return self._note(stage.name)
 
-    def _compensate(self, layer: Layer, stage: Stage) -> Coded:
-        level = self._plan.levels[layer.name]
+    def _note(self, stage: str) -> dict[str, Coded]:
+        """Return the layers of a finished stage, and remember what is needed later."""
+        layers = self.work.layers(stage)
+        for name, coded in layers.items():
+            self._stage_of[name] = stage
+            self._levels[name] = scaled(self._plan.levels[name], coded.factor)
+            self._pace.factors[name] = coded.factor
+            self._pace.spent(name, len(coded.section.payload))
+        return layers
+
+    def _over(self, made: dict[str, Coded]) -> int:
+        """Return how far the file is beyond the limit with these last layers."""
+        if self._plan.limit_bytes is None or self._pace.free:
+            return 0
+        found = {name: Outline.of(coded.section) for name, coded in made.items()}
+        levels = {
+            name: scaled(self._plan.levels[name], coded.factor)
+            for name, coded in made.items()
+        }
+        outlines, _ = self._outlines(found)
+        info = self._info(self._levels | levels)
+        return packed_size(info, outlines) - self._plan.limit_bytes
+
+    def _compensate(self, layer: Layer, stage: Stage, factor: float) -> Coded:
+        level = scaled(self._plan.levels[layer.name], factor)
         weight = self._values.dense(f"{layer.name}.weight")
         biased = getattr(layer.module, "bias", None) is not None
         rows = len(weight) if level.sparsity else ROWS
@@ -265,25 +320,30 @@ class _Run:
             ]
         )
         del weight
-        return self._coded(layer, level, made)
+        coded = self._coded(layer, level, made, factor)
+        self._pace.spent(layer.name, len(coded.section.payload))
+        return coded
 
-    def _coded(self, layer: Layer, level: Level, made: Quantized) -> Coded:
+    def _coded(
+        self, layer: Layer, level: Level, made: Quantized, factor: float
+    ) -> Coded:
         dtype = NAMES[self._shards.tensors[f"{layer.name}.weight"].dtype]
         coded = CodedWeight(
             layer.name, made.codes, made.scale, dtype, level, layer.view
         )
         section = write_coded(coded, self._coding)
-        return Coded(section, made.shift, made.trust, made.drift)
+        return Coded(section, made.shift, made.trust, made.drift, factor)
 
     def _embed(self, bar: Bar) -> None:
         """Round the embedding, and look up the first hidden states."""
         layer, stage = self._skeleton.embedding, "embedding"
-        self._stage_of[layer.name] = stage
         names = [f"block-0000.h.{kind}" for kind in ("dense", "small")]
         if self.work.done(stage):
             bar.advance()
+            self._note(stage)
             return
-        level = self._plan.levels[layer.name]
+        factor = self._pace.factor(layer.name)
+        level = scaled(self._plan.levels[layer.name], factor)
         dense = self._values.dense(f"{layer.name}.weight")
         self._shards.release()
         width, ids = self._skeleton.width, self._tokens.ids
@@ -307,8 +367,9 @@ class _Run:
             for number, sequence in enumerate(ids):
                 found = made.codes[sequence].float() * scale[sequence][:, None]
                 file.write(number * len(sequence), found.to(dtype).float())
-        self.work.put(stage, {layer.name: self._coded(layer, level, made)})
+        self.work.put(stage, {layer.name: self._coded(layer, level, made, factor)})
         self.work.tidy(names)
+        self._note(stage)
         bar.advance(note=layer.name)
 
     def _judge(self) -> None:
@@ -318,8 +379,32 @@ class _Run:
 
     def write(self, out: str | os.PathLike[str]) -> int:
         """Write the packed file and return its size."""
+        outlines, leftovers = self._outlines({})
+        info = self._info(self._levels)
+        size, limit = packed_size(info, outlines), self._plan.limit_bytes
+        if limit is not None and size > limit:
+            raise BudgetExceededError(
+                "the packed file would exceed the plan's budget and is not written",
+                size_bytes=size,
+                got=f"{size} bytes",
+                wanted=f"at most {limit} bytes",
+                fix="search again with a smaller budget or with entropy-coded steps",
+            )
+        write_atomically(out, pack_parts(info, outlines, self._payloads(leftovers)))
+        return size
+
+    def _info(self, levels: dict[str, Level]) -> dict[str, Any]:
+        total = sum(levels[name].distortion for name in self._plan.levels)
+        return plan_info(replace(self._plan, distortion=total))
+
+    def _outlines(self, found: dict[str, Outline]) -> tuple[list[Outline], Section]:
+        """Return all sections without payloads, and the leftovers.
+
+        Args:
+            found: Layers that are not written down yet.
+        """
         shifts: dict[str, torch.Tensor] = {}
-        found: dict[str, Outline] = {}
+        found = dict(found)
         for stage in dict.fromkeys(self._stage_of.values()):
             found |= self.work.outlines(stage)
             for name, coded in self.work.layers(stage).items():
@@ -332,21 +417,8 @@ class _Run:
             if key not in coded_keys
         }
         leftovers = write_leftovers(Leftovers(left, {}, self._aliases))
-        names = list(self._plan.levels)
-        outlines = [*(found[name] for name in names), Outline.of(leftovers)]
-        total = sum(level.distortion for level in self._plan.levels.values())
-        info = plan_info(replace(self._plan, distortion=total))
-        size, limit = packed_size(info, outlines), self._plan.limit_bytes
-        if limit is not None and size > limit:
-            raise BudgetExceededError(
-                "the packed file would exceed the plan's budget and is not written",
-                size_bytes=size,
-                got=f"{size} bytes",
-                wanted=f"at most {limit} bytes",
-                fix="search again with a smaller budget",
-            )
-        write_atomically(out, pack_parts(info, outlines, self._payloads(leftovers)))
-        return size
+        outlines = [found[name] for name in self._plan.levels]
+        return [*outlines, Outline.of(leftovers)], leftovers
 
     def _payloads(self, leftovers: Section) -> Iterator[bytes]:
         stage, layers = "", dict[str, Coded]()

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Coded", "Work"]
 
-KEY = "run.json"
+KEY, SIZES = "run.json", "sizes.json"
 STAGES, ROWS = ".stage", ".rows"
+TEMPORARY = (".run", ".sizes", ".block-", ".embedding", ".head", ".fitcompress-")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Coded:
         shift: What its bias takes on, float32 [rows], or None.
         trust: See ``Quantized``; NaN if unknown.
         drift: Likewise.
+        factor: On the step of its level.
     """
 
     section: Section
     shift: torch.Tensor | None = None
     trust: float = float("nan")
     drift: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass
@@ -87,6 +90,11 @@ class Work:
             )
         write_atomically(file, json.dumps({"fitcompress_run": self.key}).encode())
 
+    @property
+    def sizes(self) -> Path:
+        """The file of what was learnt about the sizes of layers."""
+        return self.path / SIZES
+
     def rows(self, name: str) -> Path:
         """Return the path of a file of rows."""
         return self.path / f"{name}{ROWS}"
@@ -114,6 +122,7 @@ class Work:
                     "version": coded.section.version,
                     "trust": coded.trust if coded.trust == coded.trust else None,
                     "drift": coded.drift,
+                    "factor": coded.factor,
                 }
             )
         data = safetensors.torch.save(tensors, {"stage": json.dumps(about)})
@@ -153,6 +162,7 @@ class Work:
                     file.get_tensor(shift) if shift in keys else None,
                     float("nan") if trust is None else trust,
                     item["drift"],
+                    item["factor"],
                 )
         return found
 
@@ -173,8 +183,8 @@ class Work:
 
     def _files(self) -> Iterator[Path]:
         for path in list(self.path.iterdir()):
-            ours = path.suffix in (STAGES, ROWS, ".partial") or path.name == KEY
-            if ours or path.name.startswith((f".{KEY}", ".block-", ".embedding")):
+            own = path.suffix in (STAGES, ROWS, ".partial")
+            if own or path.name in (KEY, SIZES) or path.name.startswith(TEMPORARY):
                 yield path
 
     def _file(self, stage: str) -> Path:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import fitcompress as fc
-from fitcompress.blockwise import layer, rows, shards, steps, tokens
+from fitcompress.blockwise import layer, rows, steps, tokens
+from fitcompress.blockwise import run as runs
 from fitcompress.blockwise.work import Work
 from fitcompress.errors import (
     BudgetExceededError,
@@ -185,7 +186,7 @@ def test_large_layers_are_compensated_by_some_rows_at_a_time(
     folder, plan = saved(net, tmp_path / "net"), plan_of(net)
     options = {"compensation": replace(PLAIN, drift=0.5)}
     whole = run(folder, plan, tmp_path / "whole", **options)
-    monkeypatch.setattr(shards, "ROWS", 7)
+    monkeypatch.setattr(runs, "ROWS", 7)
     assert run(folder, plan, tmp_path / "parts", **options) == whole
 
 
@@ -234,9 +235,9 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
     assert not (tmp_path / "file").exists()
     calls = []
     with monkeypatch.context() as patch:
-        real = shards.compensated
+        real = runs.compensated
         patch.setattr(
-            shards, "compensated", lambda *a, **k: calls.append(k) or real(*a, **k)
+            runs, "compensated", lambda *a, **k: calls.append(k) or real(*a, **k)
         )
         assert run(folder, plan, tmp_path / "file") == data
     done = at - 2 if name == "put" else 0  # stages but the embedding
@@ -351,7 +352,7 @@ def test_the_last_layers_make_up_for_what_is_too_much(tmp_path, monkeypatch) -> 
         pace._factor, pace._target = 0.97 * pace._factor, 1.02 * pace._target
         return pace
 
-    monkeypatch.setattr(shards, "pace_for", too_fine)
+    monkeypatch.setattr(runs, "pace_for", too_fine)
     assert 29_000 <= len(run(folder, plan, tmp_path / "f")) <= 30_000
     found = read(tmp_path / "f").plan.levels
     assert found["lm_head"].grid.step > 1.05 * found["model.embed_tokens"].grid.step

@@ -62,7 +62,8 @@ def invert_triangle_(lower: torch.Tensor) -> None:
 def solved(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return (L Lᵀ)⁻¹ times the columns of ``right``."""
     half = torch.linalg.solve_triangular(lower, right, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    found: torch.Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return found
 
 
 def inverse_factor(lower: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,9 @@ from fitcompress.errors import (
     OutputError,
     PlanMismatchError,
 )
+from fitcompress.files import write_atomically
 from fitcompress.quantize import attach_plan, grid_of, plan_of
+from fitcompress.storage import container
 from fitcompress.storage.save_load import layer_bytes, packed_bytes, read
 from fitcompress.storage.tensors import DTYPES, from_bytes, smallest_exact, to_bytes
 from packed_models import (
@@ -312,3 +316,31 @@ def test_floats_are_stored_in_16_bits_where_that_is_exact() -> None:
     assert smallest_exact(torch.tensor([0.1])) == "f4"
     with pytest.raises(FormatError, match=r"got torch.complex64.*To fix it"):
         smallest_exact(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_the_container_is_as_safetensors_writes_it(small, tmp_path) -> None:
+    data = packed_bytes(small)
+    with safetensors.safe_open(_file(tmp_path, data), framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert safetensors.numpy.save(tensors, file.metadata()) == data
+
+
+def test_a_file_written_part_by_part_is_the_same(tmp_path) -> None:
+    sections = [
+        container.Section({"kind": "codes", "name": f"{i}"}, bytes(range(i)), 1 + i % 2)
+        for i in range(9)
+    ]
+    whole = container.pack(container.Packed({"method": "given"}, sections))
+    outlines = [container.Outline.of(section) for section in sections]
+    parts = container.pack_parts(
+        {"method": "given"}, outlines, (section.payload for section in sections)
+    )
+    write_atomically(tmp_path / "f", parts)
+    assert (tmp_path / "f").read_bytes() == whole
+    assert container.packed_size({"method": "given"}, outlines) == len(whole)
+
+
+def _file(folder, data):
+    path = folder / "f.safetensors"
+    path.write_bytes(data)
+    return path

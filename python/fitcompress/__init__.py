@@ -6,6 +6,7 @@
 """
 
 from fitcompress import hugging_face, masks, methods, ops
+from fitcompress.blockwise import compensate_shards
 from fitcompress.compensate import apply
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compensate_shards",
     "compress",
     "evaluate",
     "export_onnx",

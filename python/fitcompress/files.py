@@ -69,7 +69,9 @@ def check_no_input(
             )
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes | Iterable[bytes]
+) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk, and
@@ -78,7 +80,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
     Args:
         path: The file to write.
-        data: Its whole content.
+        data: Its whole content, or the parts of it one after the other.
 
     Raises:
         OutputError: The folder is missing or not writable, or the disk is full.
@@ -89,7 +91,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             dir=path.parent, prefix=f".{path.name}-", delete=False
         ) as file:
             temporary = Path(file.name)
-            file.write(data)
+            for part in [data] if isinstance(data, bytes) else data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fitcompress.model import Layer
     from fitcompress.search.plan import Level
 
-__all__ = ["rounded"]
+__all__ = ["rounded", "rounded_matrix"]
 
 
 def rounded(
@@ -31,7 +31,16 @@ def rounded(
         importance: What the mask keeps the largest of, [rows, columns]; None: |w|.
         widen: Factor on the scales of fixed-point levels, for fewer bytes.
     """
-    matrix = layer.matrix()
+    return rounded_matrix(layer.matrix(), level, importance, widen)
+
+
+def rounded_matrix(
+    matrix: torch.Tensor,
+    level: Level,
+    importance: torch.Tensor | None = None,
+    widen: float = 1.0,
+) -> Quantized:
+    """Return the nearest codes of a float32 matrix [rows, columns]."""
     scale, q = row_scales(matrix, level)
     scale = scale.to(matrix.device)
     if q and widen != 1:

@@ -75,6 +75,11 @@ class Pace:
         self._factor, self._expected = factor, expected
         self._target, self._slope = target, max(slope, 0.1)
 
+    @property
+    def free(self) -> bool:
+        """Whether all layers get the same factor, whatever they take."""
+        return self._expected is None
+
     def factor(self, name: str) -> float:
         """Return the factor of a layer that comes next."""
         factor = self._factor

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fitcompress.compensate.statistics import Moments
     from fitcompress.search.plan import Level
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["Problem", "Quantized", "on_level", "quantize"]
 
 DEAD = 0.01  # of the noise of rounding, carried by an input's largest weight
 RATE_PASSES = 3
@@ -97,14 +97,49 @@ def quantize(
     problems = _problems(
         dense, fitted, held_out, level, options, name, centered=centered
     )
+    return on_level(
+        problems,
+        level,
+        options,
+        centered=centered,
+        scalable=scalable,
+        importance=importance,
+        widen=widen,
+    )
+
+
+def on_level(
+    problems: list[Problem],
+    level: Level,
+    options: Compensation,
+    *,
+    centered: bool = False,
+    scalable: bool = False,
+    importance: torch.Tensor | None = None,
+    widen: float = 1.0,
+) -> Quantized:
+    """Return the codes of a layer whose problems are set up.
+
+    Args:
+        problems: One per group; used up.
+        level: As in :func:`quantize`, and so are the others.
+        options: What compensation does.
+        centered: Whether means are left out of the problems, and outputs shifted.
+        scalable: Whether something can multiply the outputs.
+        importance: What the mask keeps the largest of.
+        widen: Factor on the scales of fixed-point levels.
+    """
+    groups = len(problems)
+    each, columns = problems[0].target.weight.shape
+    device = problems[0].target.weight.device
     mask = prune_([p.target for p in problems], level.sparsity, importance)
     scale = _scale(problems, level, options, mask, widen)
-    codes = torch.empty(dense.shape, dtype=torch.int32, device=weight.device)
-    shift = torch.zeros(dense.shape[:2], dtype=torch.float64, device=weight.device)
+    codes = torch.empty(groups, each, columns, dtype=torch.int32, device=device)
+    shift = torch.zeros(groups, each, dtype=torch.float64, device=device)
     gain = torch.ones_like(shift)
     for g, problem in enumerate(problems):
         own = scale if len(scale) == 1 else scale.reshape(groups, -1)[g]
-        kept = None if mask is None else mask.reshape(dense.shape)[g]
+        kept = None if mask is None else mask.reshape(codes.shape)[g]
         swept = problem.sweep(own, _max_code(level), kept, options)
         codes[g] = problem.target.unsorted(swept)
         step = own.double().flatten()
@@ -116,7 +151,7 @@ def quantize(
     moved = [p.target.gain for p in problems if not math.isnan(p.target.gain[1])]
     trust = sum(held for held, _ in moved) / (sum(fit for _, fit in moved) or math.nan)
     return Quantized(
-        codes.reshape(weight.shape),
+        codes.reshape(groups * each, columns),
         scale,
         mask,
         shift.flatten().float() if centered else None,
@@ -134,6 +169,48 @@ class Problem:
     mean: torch.Tensor
     output: torch.Tensor
     live: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weight: torch.Tensor,
+        whole: Normal,
+        level: Level,
+        options: Compensation,
+        *,
+        fitted: Normal | None = None,
+        held_out: Normal | None = None,
+        name: str = "",
+    ) -> Problem:
+        """Set up the problem of one group.
+
+        Args:
+            weight: W, float32 [rows, columns].
+            whole: Equations of all data; used up.
+            level: Where the weights are to lie.
+            options: What compensation does.
+            fitted: Those of most of the data, if γ is to be chosen here.
+            held_out: Those of the rest.
+            name: Of the layer, for messages.
+
+        Raises:
+            CalibrationError: H cannot be inverted.
+        """
+        mean, output = whole.mean, whole.output
+        second = whole.h.diagonal().clamp_min(whole.noise)
+        energy = weight.abs().amax(0).double().square() * second
+        live = energy > DEAD * _step(weight, level) ** 2 / 12 * second.mean()
+        live &= whole.live
+        target = solve(
+            weight,
+            fitted or whole,
+            held_out,
+            whole,
+            damping=options.damping,
+            drift=options.drift,
+            name=name,
+        )
+        return cls(target, mean, output, live)
 
     def sweep(
         self,
@@ -217,23 +294,19 @@ def _problems(
             for part in (held_out, fitted if held_out is not None else None, whole)
         ]
         assert parts[2] is not None
-        mean, output = parts[2].mean, parts[2].output
         if len(dense) == 1:  # from here on the equations alone hold the memory
-            whole.second, whole.cross = mean.new_empty(0), mean.new_empty(0)
-        second = parts[2].h.diagonal().clamp_min(parts[2].noise)
-        energy = weight.abs().amax(0).double().square() * second
-        live = energy > DEAD * _step(weight, level) ** 2 / 12 * second.mean()
-        live &= parts[2].live
-        target = solve(
+            empty = parts[2].mean.new_empty(0)
+            whole.second, whole.cross = empty, empty
+        problem = Problem.of(
             weight,
-            parts[1] or parts[2],
-            parts[0],
             parts[2],
-            damping=options.damping,
-            drift=options.drift,
+            level,
+            options,
+            fitted=parts[1],
+            held_out=parts[0],
             name=name,
         )
-        problems.append(Problem(target, mean, output, live))
+        problems.append(problem)
     return problems
 
 

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fitcompress.compensate.cholesky import cholesky_, inverse_factor, solved
 from fitcompress.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fitcompress.compensate.statistics import Moments
 
-__all__ = ["Normal", "Target", "solve"]
+__all__ = ["Normal", "Target", "drift_share", "solve"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +136,14 @@ def solve(
     if drift is None:
         drift = DRIFT
         if held_out is not None:
-            drift, gain = _cross_validated(weight, fitted, held_out, damping, name)
+            others = held_out
+            drift, gain = drift_share(
+                weight,
+                lambda: replace(fitted),
+                lambda: replace(others),
+                damping=damping,
+                name=name,
+            )
     ridge = whole.ridge(damping)
     if not ridge > 0:  # inputs are zero: there is nothing to compensate with
         eye = torch.eye(len(whole.h), dtype=torch.float64, device=weight.device)
@@ -144,70 +154,93 @@ def solve(
     if drift > 0:
         right = whole.x.add_(weight, alpha=ridge).T[order]
         whole.x = lower.new_empty(0)
-        target = torch.cholesky_solve(right, lower)
+        target = solved(lower, right)
         del right
-        target = target.T.contiguous().mul_(drift)
+        target = target.flip(0).T.contiguous().mul_(drift)
+        order = order.flip(0)
         target.add_(weight[:, order], alpha=1 - drift)
     else:
+        order = order.flip(0)
         target = weight[:, order].double()
-    inverse = torch.cholesky_inverse(lower)
+    upper = inverse_factor(lower)
     del lower
-    diagonal = inverse.diagonal().clone()
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    del inverse
-    if failed:
-        raise _singular(name, damping)
-    return Target(target, upper.contiguous(), diagonal, order, drift, gain)
+    diagonal = torch.linalg.vector_norm(upper, dim=0).square()
+    return Target(target, upper, diagonal, order, drift, gain)
 
 
 def _factor(
     normal: Normal, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the Cholesky factor of H + δ in falling order of H_jj, the order, δ.
+    """Return the Cholesky factor of H + δ in *rising* order of H_jj, the order, δ.
 
     H is taken out of ``normal``, to save memory.
     """
-    order = normal.h.diagonal().argsort(descending=True, stable=True)
+    order = normal.h.diagonal().argsort(descending=True, stable=True).flip(0)
     h, normal.h = normal.h[order], normal.h.new_empty(0)
     h, added = h[:, order], 0.0
     for _ in range(ATTEMPTS):
         h.diagonal().add_(ridge - added)
         added = ridge
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            return lower, order, ridge
+        if cholesky_(h):
+            return h, order, ridge
         logger.warning("layer %s: H is singular, damping raised tenfold", name)
         ridge *= 10
     raise _singular(name, ridge)
 
 
-def _cross_validated(
-    weight: torch.Tensor, fitted: Normal, held_out: Normal, damping: float, name: str
+def drift_share(
+    weight: torch.Tensor,
+    fitted: Callable[[], Normal],
+    held_out: Callable[[], Normal],
+    *,
+    damping: float,
+    name: str,
 ) -> tuple[float, tuple[float, float]]:
-    """Return γ, and what D gains on the data held out and on the fitted ones."""
+    """Return γ, and what D gains on the data held out and on the fitted ones.
+
+    Args:
+        weight: W, float32 [rows, columns].
+        fitted: Returns the equations of most of the data, which are used up; called
+            twice, so that they need not be in memory in between.
+        held_out: Returns those of the others.
+        damping: δ over the mean diagonal of H.
+        name: Of the layer, for messages.
+
+    Raises:
+        CalibrationError: H stays singular with a hundred thousand times the damping.
+    """
     unknown = (float("nan"), float("nan"))
-    ridge = fitted.ridge(damping)
+    normal = fitted()
+    ridge = normal.ridge(damping)
     if not ridge > 0:
         return 0.0, unknown
     weight = weight.double()
-    lower, order, ridge = _factor(replace(fitted), ridge, name)
-    right = fitted.x.add(weight, alpha=ridge).T[order]
+    lower, order, ridge = _factor(normal, ridge, name)
+    right = normal.x.add(weight, alpha=ridge).T[order]
+    del normal
     correction = torch.empty_like(weight)
-    correction[:, order] = torch.cholesky_solve(right, lower).T
+    correction[:, order] = solved(lower, right).T
+    del lower, right
     correction -= weight
-    gains = []
-    gamma = None
-    for data in (held_out, fitted):
-        slope = float((correction * (data.x - weight @ data.h)).sum())
-        curvature = float((correction @ data.h * correction).sum())
-        if gamma is None:
-            gamma = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        gains.append(2 * slope - curvature)
-    assert gamma is not None
-    energy = float((weight @ fitted.h * weight).sum())
-    if gains[1] < WORTH * energy:  # nothing much has drifted
+    slope, curvature = _slope(weight, correction, held_out())
+    gamma = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+    data = fitted()
+    energy = float((weight @ data.h).mul_(weight).sum())
+    own_slope, own_curvature = _slope(weight, correction, data)
+    gained = 2 * own_slope - own_curvature
+    if gained < WORTH * energy:  # nothing much has drifted
         return gamma, unknown
-    return gamma, (gains[0], gains[1])
+    return gamma, (2 * slope - curvature, gained)
+
+
+def _slope(
+    weight: torch.Tensor, correction: torch.Tensor, data: Normal
+) -> tuple[float, float]:
+    """Return ⟨D, X − W H⟩ and ⟨D, D H⟩."""
+    moved = correction @ data.h
+    with_outputs = float((correction * data.x).sum())
+    slope = with_outputs - float((weight * moved).sum())
+    return slope, float(moved.mul_(correction).sum())
 
 
 def _singular(name: str, ridge: float) -> CalibrationError:

@@ -151,6 +151,10 @@ class Shards:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one first
             self._buffer = torch.empty(size, dtype=torch.uint8)
 
+    def release(self) -> None:
+        """Give the memory of the buffer back, and with it what was read last."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
     def _list(self, path: Path) -> None:
         try:
             starts = _starts(path)

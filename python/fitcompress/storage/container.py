@@ -17,21 +17,24 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import safetensors.numpy
+from typing import TYPE_CHECKING, Any
 
 from fitcompress.errors import FormatError
 from fitcompress.storage.strict_json import MAX_MARKS, read_json
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
 __all__ = [
     "Index",
+    "Outline",
     "Packed",
     "Section",
     "StoredSection",
     "open_index",
     "pack",
+    "pack_parts",
+    "packed_size",
     "unpack",
 ]
 
@@ -41,6 +44,7 @@ TRANSPOSED_GROUPS = "transposed_groups"  # a key that readers of version 1 must 
 NORM_BYTES = "norm_bytes"  # a key of leftovers with coded norms, since version 4
 ACTIVATIONS = "activations"  # a kind of section since version 3
 MAGIC = {"format": "fitcompress"}
+CHECKSUM = 4  # bytes behind every payload
 MAX_HEADER = 1 << 16  # bytes; ours have 200
 MAX_INDEX_RATIO = 100  # of the index's text to its compressed bytes; real ones reach 30
 MAX_INDEX = 1 << 25  # bytes of that text; 100 000 layers take 20 million
@@ -81,10 +85,66 @@ def pack(packed: Packed) -> bytes:
     Raises:
         FormatError: There are more layers than an index can describe.
     """
-    entries = [{**s.entry, "bytes": len(s.payload)} for s in packed.sections]
-    needed = [max(_version(s.entry), s.version) for s in packed.sections]
+    outlines = [Outline.of(section) for section in packed.sections]
+    payloads = (section.payload for section in packed.sections)
+    return b"".join(pack_parts(packed.plan, outlines, payloads))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A section without its payload.
+
+    Attributes:
+        entry: As in :class:`Section`.
+        size: Bytes of the payload.
+        version: As in :class:`Section`.
+    """
+
+    entry: dict[str, Any]
+    size: int
+    version: int = 1
+
+    @classmethod
+    def of(cls, section: Section) -> Outline:
+        """Return that of a section."""
+        return cls(section.entry, len(section.payload), section.version)
+
+
+def packed_size(plan: dict[str, Any], outlines: Sequence[Outline]) -> int:
+    """Return the size of the file.
+
+    Raises:
+        FormatError: There are more layers than an index can describe.
+    """
+    head = _head(plan, outlines)
+    return len(head) + sum(outline.size + CHECKSUM for outline in outlines)
+
+
+def pack_parts(
+    plan: dict[str, Any], outlines: Sequence[Outline], payloads: Iterable[bytes]
+) -> Iterator[bytes]:
+    """Yield the file's bytes part by part, so that one payload is in memory at a time.
+
+    Args:
+        plan: What the index says about the plan.
+        outlines: Of all sections, in the order of the file.
+        payloads: Theirs.
+
+    Raises:
+        FormatError: There are more layers than an index can describe.
+    """
+    yield _head(plan, outlines)
+    for payload in payloads:
+        yield payload
+        yield struct.pack("<I", zlib.crc32(payload))
+
+
+def _head(plan: dict[str, Any], outlines: Sequence[Outline]) -> bytes:
+    """Return what stands before the payloads: header and index."""
+    entries = [{**o.entry, "bytes": o.size} for o in outlines]
+    needed = [max(_version(o.entry), o.version) for o in outlines]
     version = max(needed, default=1)
-    index = {"version": version, "plan": packed.plan, "sections": entries}
+    index = {"version": version, "plan": plan, "sections": entries}
     text = json.dumps(index, separators=(",", ":")).encode()
     compressed = zlib.compress(text, 9)
     marks = sum(text.count(mark) for mark in (b"[", b"{", b","))
@@ -95,14 +155,15 @@ def pack(packed: Packed) -> bytes:
             wanted=f"at most {_most_text(len(compressed))} bytes, {MAX_MARKS} values",
             fix="save parts of the model as files of their own",
         )
-    payload = b"".join(
-        s.payload + struct.pack("<I", zlib.crc32(s.payload)) for s in packed.sections
-    )
-    tensors = {
-        "index": np.frombuffer(compressed, np.uint8),
-        "payload": np.frombuffer(payload, np.uint8),
+    end = len(compressed) + sum(o.size + CHECKSUM for o in outlines)
+    offsets = {"index": (0, len(compressed)), "payload": (len(compressed), end)}
+    header = {"__metadata__": MAGIC} | {
+        name: {"dtype": "U8", "shape": [last - first], "data_offsets": [first, last]}
+        for name, (first, last) in offsets.items()
     }
-    return bytes(safetensors.numpy.save(tensors, MAGIC))
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded + compressed
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ __all__ = [
     "layer_bytes",
     "load",
     "packed_bytes",
+    "plan_info",
     "read",
     "save",
 ]
@@ -105,14 +106,18 @@ def packed_bytes(model: nn.Module, *, coding: Coding = "smallest") -> bytes:
     sections.append(write_leftovers(leftovers_of(model)))
     if found := stored_activations(model):
         sections.append(write_activations(found))
-    info = {
+    return pack(Packed(plan_info(plan), sections))
+
+
+def plan_info(plan: Plan) -> dict[str, Any]:
+    """Return what the index of a packed file says about a plan."""
+    return {
         "method": plan.method,
         "status": plan.status,
         "gap": plan.gap if plan.gap is None else float(f"{plan.gap:.3g}"),
         "distortion": float(f"{plan.distortion:.4g}"),
         "limit_bytes": plan.limit_bytes,
     }
-    return pack(Packed(info, sections))
 
 
 def layer_bytes(model: nn.Module) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fitcompress.errors import OptionError
 from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.versions import __version__
 
@@ -28,7 +30,10 @@ __all__ = [
     "defaults",
     "emit",
     "prepare",
+    "process_count",
 ]
+
+SHARED = ("measure",)  # commands that several processes run together
 
 app = typer.Typer(
     name="fitcompress",
@@ -99,6 +104,12 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
+def process_count() -> int:
+    """Return how many processes ``torchrun`` has started this command in."""
+    started = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
+
+
 def prepare(
     json_path: Path | None, *outputs: Path | None, inputs: Iterable[Path] = ()
 ) -> None:
@@ -131,10 +142,19 @@ def emit(path: Path | None, values: dict[str, Any]) -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.")
     ] = False,
 ) -> None:
+    count = process_count()
+    if count > 1 and context.invoked_subcommand not in SHARED:
+        raise OptionError(
+            "this command runs in one process",
+            got=f"{count} of them",
+            wanted=f"torchrun for {', '.join(SHARED)} only",
+            fix="run it without torchrun",
+        )
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -24,6 +24,7 @@ from fitcompress.cli.app import (
     prepare,
 )
 from fitcompress.cli.models import check_data, trained_model
+from fitcompress.cli.processes import joined
 from fitcompress.data import load_dataset
 from fitcompress.latency.table import LatencyTable
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
@@ -142,7 +143,10 @@ def measure(
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
-    """Measure how much the loss rises for every level of every layer."""
+    """Measure how much the loss rises for every level of every layer.
+
+    Started by torchrun, processes share the work out.
+    """
     read = Shards(shards).files if shards is not None else (weights,)
     prepare(json, out, inputs=[path for path in read if path is not None])
     checkpoint = out.with_name(out.name + ".partial")
@@ -161,24 +165,33 @@ def measure(
             if given is not None and given.name == "COMMANDLINE":
                 message = f"--shards are measured without data: leave --{name} out"
                 raise typer.BadParameter(message)
-        table = measure_shards(shards, checkpoint=checkpoint)
     elif model is None or weights is None or dataset is None:
         message = "measure needs --model, --weights and --dataset, or else --shards"
         raise typer.BadParameter(message)
-    else:
-        network = trained_model(model, weights)
-        source = load_dataset(dataset, data)
-        check_data(network, source)
-        table = measure_sensitivity(
-            network,
-            source.calibration(seed, augment=augment),
-            validation=source.validating(),
-            samples=samples,
-            activation_bits=_numbers(activation_bits),
-            refine=Refinement() if refine else None,
-            seed=seed,
-            checkpoint=checkpoint,
-        )
+    with joined(shareable=shards is None) as ranks:
+        if model is None or weights is None or dataset is None:
+            assert shards is not None
+            table = measure_shards(shards, checkpoint=checkpoint)
+        else:
+            network = trained_model(model, weights)
+            source = load_dataset(dataset, data)
+            check_data(network, source)
+            table = measure_sensitivity(
+                network,
+                source.calibration(seed, augment=augment),
+                validation=source.validating(),
+                samples=samples,
+                activation_bits=_numbers(activation_bits),
+                refine=Refinement() if refine else None,
+                seed=seed,
+                checkpoint=checkpoint,
+            )
+        if ranks.first:
+            _show(table, out, json)
+
+
+def _show(table: Sensitivity, out: Path, json: Path | None) -> None:
+    """Write a sensitivity, and show the traces."""
     table.save(out)
     view = Table(title="Fisher traces")
     view.add_column("layer")

@@ -1,20 +1,20 @@
 """Several processes: the numbers of one, errors in all, kills survived."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 import fitcompress as fc
 from conftest import build_tiny_net
 from distributed_nets import Tokens, batches, inputs, token_batches
+from fitcompress.cli import main
 from fitcompress.ranks import Ranks
 from fitcompress.sensitivity.checkpoint import Checkpoint
 from processes import run_processes, succeeded
@@ -177,12 +177,15 @@ def loader():
             os.kill(os.getpid(), 9)
         yield batch
 
+options = dict(grids=grids, sparsities=(0.0, 0.5), progress=False)
 try:
-    table = fc.measure(net, loader(), grids=grids, sparsities=(0.0, 0.5),
-        checkpoint=folder / "state", progress=False)
+    table = fc.measure(net, loader(), checkpoint=folder / "state", **options)
 except DistributedError:
     os._exit(3)
-table.save(folder / f"table-{{rank}}")
+table.save(folder / f"resumed-{{rank}}")
+print(len(calls))
+calls.clear()
+fc.measure(net, loader(), **options).save(folder / f"whole-{{rank}}")
 print(len(calls))
 """
 TINY = "net, data = build_tiny_net(), batches()"
@@ -197,12 +200,11 @@ def test_killed_and_resumed(tmp_path, model, last) -> None:
     files = {f"state.rank{rank}-of-2" for rank in (0, 1)}
     assert {path.name for path in tmp_path.glob("state*")} == files
     code = KILLED.format(model=model, last=-1)
-    resumed = succeeded(run_processes(tmp_path, code))
+    resumed, whole = map(int, succeeded(run_processes(tmp_path, code))[0].split())
+    assert resumed < whole
     assert not list(tmp_path.glob("state*"))
-    found = fc.Sensitivity.load(tmp_path / "table-0")
-    whole = succeeded(run_processes(tmp_path, code))
-    assert int(resumed[0]) < int(whole[0])
-    equal(found, fc.Sensitivity.load(tmp_path / "table-0"), rtol=0)
+    found = fc.Sensitivity.load(tmp_path / "resumed-0")
+    equal(found, fc.Sensitivity.load(tmp_path / "whole-1"), rtol=0)
     net, data = (
         (build_tiny_net(), batches()) if model is TINY else (Tokens(), token_batches())
     )
@@ -326,47 +328,49 @@ def test_sharded_models_are_measured_as_whole_ones(tmp_path) -> None:
     assert told["tensor parallel"].startswith("UnsupportedLayerError: parameter 'block")
 
 
-def test_torchrun_of_the_command_line(tmp_path) -> None:
+def test_torchrun_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     source = "import torch\nfrom torch import nn\n\n\ndef build():\n"
-    source += "    torch.manual_seed(0)\n"
     source += "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     (tmp_path / "tiny_digits.py").write_text(source)
-    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    torchrun = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--standalone", "-m"),
-    ]
     command = [
-        *("fitcompress", "measure", "--model", "tiny_digits:build"),
-        *("--weights", "w.pt", "--dataset", "digits", "--samples", "300"),
+        *("fitcompress", "measure", "--model", "tiny_digits:build", "--json", "-"),
+        *("--weights", "w.pt", "--dataset", "digits", "--samples", "300", "--out"),
     ]
 
-    def run(start: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*start, *command, *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"PYTHONWARNINGS": ""},
-        )
+    def alone(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", list(arguments))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code
 
-    alone = run([sys.executable, "-m"], "--out", "one", "--json", "-")
-    assert alone.returncode == 0, alone.stderr
-    done = run(torchrun, "--out", "two", "--json", "-")
+    monkeypatch.chdir(tmp_path)
+    assert alone(*command, "one") == 0
+    wanted = json.loads(capsys.readouterr().out)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--standalone", "-m", *command, "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     equal(*(fc.Sensitivity.load(tmp_path / name) for name in ("two", "one")))
     values = json.loads(done.stdout)  # of one process
-    assert values["samples"] == json.loads(alone.stdout)["samples"] == 300
+    assert values["samples"] == wanted["samples"] == 300
+    assert values["losses"] == pytest.approx(wanted["losses"])
     assert done.stderr.count("wrote two") == 1
-    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
-        *("tiny_digits.py", "w.pt", "one", "two"),
-    }
-    command[0:2] = ["fitcompress", "pareto", "one"]
-    del command[3:]
-    refused = run(torchrun)
-    assert refused.returncode != 0
-    assert "OptionError: this command runs in one process; got 2" in refused.stderr
-    assert Path(tmp_path / "one").exists()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made - {"__pycache__"} == {"tiny_digits.py", "w.pt", "one", "two"}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert alone("fitcompress", "pareto", "one") == 1
+    error = capsys.readouterr().err
+    assert "OptionError: this command runs in one process; got 2" in error
+    (tmp_path / "shard.safetensors").write_bytes(save({"a.weight": torch.ones(40, 40)}))
+    assert alone("fitcompress", "measure", "--shards", "shard.safetensors") == 1
+    assert "OptionError: this cannot be shared out" in capsys.readouterr().err

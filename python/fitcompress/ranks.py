@@ -154,7 +154,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, DistributedError) or not _lost(error):
+            known = isinstance(error, DistributedError) or not _lost(error)
+            if self.alone or known:
                 raise
             raise DistributedError(
                 "another process of the group is gone or does not answer",

@@ -103,8 +103,8 @@ def measure_shards(
     """
     if checkpoint is not None:
         check_writable(checkpoint)
-    files = isinstance(path, (str, os.PathLike))
-    shards: WeightSource = Shards(path) if files else path
+    shards: WeightSource
+    shards = Shards(path) if isinstance(path, (str, os.PathLike)) else path
     if checkpoint is not None:
         check_no_input(checkpoint, shards.files)
     layers = _choose(shards, include, exclude, smallest)

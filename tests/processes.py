@@ -25,7 +25,7 @@ dist.init_process_group(
     init_method="file://" + str(folder / "{store}"),
     rank=rank,
     world_size=int(os.environ["WORLD_SIZE"]),
-    timeout=timedelta(seconds=40),
+    timeout=timedelta(seconds=300),
 )
 """
 TAIL = """
@@ -36,7 +36,7 @@ os._exit(0)  # torch's own threads now and then abort a process that ends on the
 
 
 def run_processes(
-    folder: Path, code: str, count: int = 2, timeout: float = 120
+    folder: Path, code: str, count: int = 2, timeout: float = 400
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``code`` in ``count`` processes; it finds ``fc``, ``rank`` and ``folder``.
 

@@ -96,6 +96,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
 
 
 ERRORS = """
+import time
 from conftest import build_tiny_net
 from distributed_nets import batches, failing, sampled_loader
 
@@ -120,6 +121,16 @@ wrong = sampled_loader()
 wrong.sampler.rank = 0
 attempt("other part", wrong)
 attempt("checkpoint", batches(), checkpoint=folder / ("none/file" if rank else "file"))
+
+def hanging():
+    for number, batch in enumerate(batches()):
+        while number == 3 and rank and not (folder / "done").exists():
+            time.sleep(0.1)
+        yield batch
+
+group = dist.new_group(timeout=timedelta(seconds=5))
+attempt("hangs", hanging(), group=group)
+(folder / "done").touch()
 sys.stdout.flush()
 dist.barrier()
 
@@ -156,7 +167,9 @@ def test_what_fails_in_one_fails_in_all(tmp_path) -> None:
         for text, start in zip((each.get(name) for each in found), starts, strict=True):
             assert text is not None, (name, found)
             assert text.startswith(start), (name, text)
-    assert found[0]["dies"].startswith("DistributedError: another process of the group")
+    for each in (found[0]["hangs"], found[1]["hangs"], found[0]["dies"]):
+        assert each.startswith("DistributedError: another process of the group")
+    assert "timed out" in found[0]["hangs"].lower()
     assert second.returncode == -9
 
 
@@ -355,7 +368,7 @@ def test_torchrun_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     equal(*(fc.Sensitivity.load(tmp_path / name) for name in ("two", "one")))

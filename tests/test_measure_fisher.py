@@ -373,7 +373,7 @@ def test_two_processes_equal_one(tmp_path, kind) -> None:
     ]
     for command, name in ((run, "one"), (torchrun, kind)):
         done = subprocess.run(
-            [*command, name, str(tmp_path)], capture_output=True, text=True, timeout=100
+            [*command, name, str(tmp_path)], capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr
     one, two = (fc.FisherMoments.load(tmp_path / name) for name in ("one", kind))

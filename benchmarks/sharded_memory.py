@@ -3,12 +3,12 @@
     python benchmarks/sharded_memory.py [--width 2048] [--layers 12]
 
 Random weights in float32, linear maps and ReLUs, each a module of its own for FSDP2;
-two processes talk by gloo on the CPU. After a tiny network, ``peak_mb`` is how far the resident memory of a
+two processes talk by gloo on the CPU. ``peak_mb`` is how far the resident memory of a
 process rose from before the model was made to the end of ``measure``, the largest of
-the processes; ``over_weights`` is that over the bytes of all weights. Expected of N
-weights, the largest layer n: one process, and each of several that share batches out,
-4 N for weights and 4 N for F; W processes that hold the model together, 8 N / W, and
-4 n a few times.
+the processes, after a tiny network; ``over_weights`` is that over the bytes of all
+weights. Expected of N weights, the largest layer n: one process, and each of several
+that share batches out, 4 N for weights and 4 N for F; W processes that hold the model
+together, 8 N / W, and 4 n a few times.
 """
 
 from __future__ import annotations

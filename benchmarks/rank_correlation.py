@@ -234,12 +234,15 @@ class Comparison:
             ]
         )
         grids, sparsities, inputs = np.array(regime.cells).T
-        extra = self.fisher.activation_distortion[:, inputs]
+        (_, moved, p), refined = self.measured(compensated=compensated)
         found = [
-            (each, table[:, grids, sparsities] + extra)
+            (
+                each,
+                table[:, grids, sparsities]
+                + refined.get(each, self.fisher).activation_distortion[:, inputs],
+            )
             for each, table in self.tables(compensated=compensated).items()
         ]
-        (_, moved, p), _ = self.measured(compensated=compensated)
         cells = grids * len(SPARSITIES) + sparsities
         rows = np.arange(layers)
         together = [moved[rows, cells[choice]].sum(0) for choice in choices]

@@ -12,7 +12,8 @@ import fitcompress as fc
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
 from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
-from fitcompress.refinement.random_plans import draw_plans, families
+from fitcompress.refinement.plan_fit import Drawn, fit_plans
+from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
 from fitcompress.refinement.regression import (
     Fit,
     cross_validated,
@@ -142,6 +143,111 @@ def test_steps_stay_around_one_of_the_network(net, loader) -> None:
     assert (np.ptp(logs, axis=1) <= 1.0 + 0.25).all()
     assert (np.ptp(logs, axis=1) > 0.2).any()
     assert np.ptp(logs.mean(1)) > 1
+
+
+def test_inputs_draw_bits_that_tell(net, loader, table) -> None:
+    assert draw_inputs(table, "bits", 16, 0) is None
+    for given, wanted in (((12, 8, 4, 2), {2, 3}), ((2,), {1}), ((12, 8), {2})):
+        with_inputs = fc.measure(
+            net,
+            loader,
+            samples=32,
+            grids=GRIDS,
+            activation_bits=given,
+            progress=False,
+        )
+        assert draw_inputs(with_inputs, "step", 16, 0) is None
+        drawn = draw_inputs(with_inputs, "bits", 16, 0)
+        assert drawn.shape == (16, 3)
+        assert set(drawn.flat) == wanted
+        for column in drawn.T:
+            counts = np.bincount(column)[sorted(wanted)]
+            assert np.ptp(counts) <= 1
+
+
+def test_inputs_and_weights_get_factors_of_their_own() -> None:
+    """Weights cost a fifth of what the table says, inputs twice."""
+    random = np.random.default_rng(0)
+    table = random_table(6, 5, 1, 0)
+    table = dataclasses.replace(
+        table,
+        grids=tuple(fc.Grid(bits=bits) for bits in (6, 5, 4, 3, 2)),
+        activation_bits=(None, 8, 6, 4),
+        activation_distortion=np.outer(
+            random.uniform(0.5, 2, 6), [0.0, 0.01, 0.1, 1.0]
+        ),
+    )
+    drawn = Drawn(
+        *draw_plans(table, "bits", 24, 0), inputs=draw_inputs(table, "bits", 24, 0)
+    )
+    layers = np.arange(6)
+    weights = 0.2 * table.distortion[layers, drawn.grids, drawn.masks].sum(1)
+    inputs = 2.0 * table.activation_distortion[layers, drawn.inputs].sum(1)
+    noise = np.exp(random.normal(0, 0.01, (24, 2)))
+    y = np.stack([weights, weights + inputs], axis=1) * noise
+    fit = fit_plans(table, "bits", table.distortion, drawn, y)
+    np.testing.assert_allclose(fit.distortion, 0.2 * table.distortion, rtol=0.1)
+    np.testing.assert_allclose(fit.inputs, 2 * table.activation_distortion, rtol=0.1)
+    assert fit.report["spearman"] > 0.99
+    assert len(fit.report["input_factors"]) == 6
+
+
+def test_stages_of_a_plan_are_left_out_together() -> None:
+    x, _, y = noisy_problem(16, 4, 0.1)
+    twice_x, twice_y = np.repeat(x, 2, axis=0), np.repeat(y, 2)
+    groups = np.zeros(4, dtype=np.int64)
+    once = cross_validated(x, y, groups, [0.1])[0]
+    both = cross_validated(twice_x, twice_y, groups, [0.2], together=2)[0]
+    np.testing.assert_allclose(both.predicted[::2], once.predicted, rtol=1e-6)
+
+
+def test_inputs_are_measured_on_compensated_plans(net, loader) -> None:
+    table = fc.measure(
+        net,
+        loader,
+        samples=32,
+        grids=GRIDS[: len(BITS)],
+        sparsities=(0.0,),
+        activation_bits=(8, 4, 3),
+        progress=False,
+    )
+    settings = {"plans": 16, "samples": 32, "compensation": FAST, "progress": False}
+    found = fc.calibrate(table, net, loader, **settings)
+    assert found.activation_distortion.shape == table.activation_distortion.shape
+    assert not np.allclose(found.activation_distortion, table.activation_distortion)
+    x = torch.cat(loader).split(4)
+    g, _ = draw_plans(table, "bits", 16, 0)
+    a = draw_inputs(table, "bits", 16, 0)
+    names, rows = table.names, np.arange(3)
+    predicted, true = [], []
+    for grids, inputs in zip(g, a, strict=True):
+        levels = {
+            name: fc.Level(
+                table.grids[grids[i]],
+                0.0,
+                tuple(table.shapes[i]),
+                activation_bits=table.activation_bits[inputs[i]],
+            )
+            for i, name in enumerate(names)
+        }
+        small = fc.apply(
+            net,
+            fc.Plan(levels),
+            x[::2],
+            samples=None,
+            compensation=FAST,
+            progress=False,
+        )
+        with torch.no_grad():
+            p = net(torch.cat(x[1::2])).double().log_softmax(-1)
+            q = small(torch.cat(x[1::2])).double().log_softmax(-1)
+        true.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        predicted.append(
+            found.distortion[rows, grids, 0].sum()
+            + found.activation_distortion[rows, inputs].sum()
+        )
+    assert sum(predicted) == pytest.approx(sum(true), rel=0.3)
+    assert spearmanr(predicted, true).statistic > 0.7
 
 
 def test_the_table_follows_the_plans(net, loader, table, tmp_path) -> None:

@@ -23,6 +23,8 @@ from fitcompress.errors import (
     NonFiniteError,
     OutputError,
 )
+from fitcompress.model.costs import count_macs
+from fitcompress.quantize import plan_of
 from fitcompress.sensitivity import estimate
 from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.storage.save_load import packed_bytes
@@ -305,3 +307,52 @@ def test_the_model_is_left_alone(net, batches) -> None:
     compress(net, batches)
     assert net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_bit_operations_quantize_inputs_too(net, batches) -> None:
+    bound = fc.Budget(bops="2%")
+    small = fc.compress(net, batches, bound, samples=32, progress=False)
+    plan = plan_of(small)
+    assert plan.bops <= 0.02 * 32 * 32 * sum(count_macs(net, batches[0]).values())
+    assert all(level.activation_bits for level in plan.levels.values())
+    weights = fc.Budget(bops="15%")
+    plain = fc.compress(
+        net, batches, weights, samples=32, activation_bits=(), progress=False
+    )
+    assert not any(x.activation_bits for x in plan_of(plain).levels.values())
+    with pytest.raises(BudgetInfeasibleError, match="activation_bits"):
+        fc.compress(net, batches, bound, samples=32, activation_bits=(), progress=False)
+
+
+def test_a_refinement_can_be_asked_for(net, batches, monkeypatch) -> None:
+    asked = []
+    real = fc.Refinement.correct
+
+    def correct(self, *args: Any, **named: Any) -> fc.Sensitivity:
+        asked.append(self)
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(fc.Refinement, "correct", correct)
+    compress(net, batches, samples=32)
+    assert not asked
+    compress(net, batches, samples=32, budget=fc.Budget(bops="5%"), refine=False)
+    assert not asked
+    own = fc.Refinement(samples=32, plans=8)
+    compress(net, batches, samples=32, refine=own)
+    compress(net, batches, samples=32, budget=fc.Budget(bops="5%"))
+    assert [r.plans for r in asked] == [8, compression.REFINEMENT_PLANS]
+    assert asked[1].samples == 32
+
+
+def test_killed_while_refining_it_ends_with_the_same_file(
+    net, batches, saving, tmp_path, monkeypatch
+) -> None:
+    settings = {"budget": fc.Budget(bops="3%"), "samples": 32}
+    wanted = compress(net, batches, **settings)
+    with monkeypatch.context() as patch:
+        killed_after(patch, compressor.Compressor, "at", 9)
+        with pytest.raises(KilledError):
+            compress(net, batches, tmp_path / "run", **settings)
+    assert (tmp_path / "run.refine.plans").exists()
+    assert compress(net, batches, tmp_path / "run", **settings) == wanted
+    assert not list(tmp_path.iterdir())

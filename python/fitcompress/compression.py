@@ -13,13 +13,14 @@ from fitcompress.data.batches import digest, take, tensors
 from fitcompress.errors import BudgetExceededError, FormatError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.refinement import Refinement
 from fitcompress.search import Budget, search
 from fitcompress.sensitivity.measurement import measure
 from fitcompress.sensitivity.table import Sensitivity
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -31,6 +32,8 @@ __all__ = ["compress"]
 
 logger = logging.getLogger(__name__)
 RETRIES = 4
+INPUT_BITS = (8, 6, 5, 4, 3, 2)  # of layers' inputs, under a bound on bit operations
+REFINEMENT_PLANS = 24
 
 
 def compress(
@@ -41,6 +44,8 @@ def compress(
     method: Method | None = None,
     family: Family | None = None,
     samples: int | None = 1024,
+    activation_bits: Sequence[int] | None = None,
+    refine: bool | Refinement | None = None,
     compensation: Compensation | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -49,8 +54,11 @@ def compress(
     """Return a compressed copy of ``model`` under ``budget``: no labels, no training.
 
     The same as :func:`measure` with labels sampled from the model, :func:`search` and
-    :func:`apply` with calibration. Where a fixed-point plan turns out a little larger
-    in the file than predicted, the search is repeated with that much less.
+    :func:`apply` with calibration. Under a bound on bit operations the inputs of layers
+    are quantized as well, and :func:`refine` weighs what that costs against what
+    compensated weights do, by random plans; that takes most of the time. Where a
+    fixed-point plan turns out a little larger in the file than predicted, the search is
+    repeated with that much less.
 
     Args:
         model: The trained network; unchanged.
@@ -63,10 +71,16 @@ def compress(
         family: As for :func:`search`.
         samples: Inputs used to calibrate, None for all; half as many measure the
             sensitivity.
+        activation_bits: Bits that inputs of layers may have, falling; () to leave
+            them in float. None: 8, 6, 5, 4, 3 and 2 under a bound on bit operations,
+            none otherwise.
+        refine: Whether :func:`refine` corrects the sensitivity; with what, if it is a
+            :class:`Refinement`. None: with 24 plans where inputs are quantized.
         compensation: As for :func:`apply`.
         checkpoint: Progress is saved in files of this name with ``.measure``,
-            ``.sensitivity`` and ``.apply`` appended, and resumed from there; removed at
-            the end. After a kill, the same call ends with the identical model.
+            ``.refine``, ``.sensitivity`` and ``.apply`` appended, and resumed from
+            there; removed at the end. After a kill, the same call ends with the
+            identical model.
         seed: Seeds the sampled labels.
         progress: Show bars with the time left.
 
@@ -74,7 +88,8 @@ def compress(
         What :func:`apply` returns, ready for :func:`save` or :func:`finetune`.
 
     Raises:
-        FitcompressError: As :func:`measure`, :func:`search` and :func:`apply` do.
+        FitcompressError: As :func:`measure`, :func:`refine`, :func:`search` and
+            :func:`apply` do.
 
     Example:
         >>> import torch, fitcompress as fc
@@ -90,21 +105,37 @@ def compress(
     # Labels of sequences may say that positions do not count.
     inputs = [(x, y) if isinstance(x, dict) else x for x, y in given]
     half = None if samples is None else max(1, samples // 2)
+    if activation_bits is None:
+        activation_bits = () if budget.bops is None else INPUT_BITS
+    options = compensation or Compensation()
+    refinement = _refinement(refine, activation_bits, samples, options)
     key = ""
     if checkpoint is not None:
         key = f"{fingerprint(model, layers)}-{seed}-{half}-{_digest(inputs):08x}"
+        if activation_bits or refinement is not None:
+            how = zlib.crc32(repr((tuple(activation_bits), refinement)).encode())
+            key = f"{key}-{how:08x}"
     table = files.sensitivity(key)
     if table is None:
         table = measure(
             model,
             inputs,
             samples=half,
+            activation_bits=activation_bits,
             checkpoint=files.path("measure"),
             seed=seed,
             progress=progress,
         )
+        if refinement is not None:
+            table = refinement.correct(
+                table,
+                model,
+                inputs,
+                checkpoint=files.path("refine"),
+                progress=progress,
+            )
         files.keep(table, key)
-    tightened, options = budget, compensation or Compensation()
+    tightened = budget
     for attempt in range(RETRIES + 1):
         plan = search(table, tightened, method=method, family=family)
         if budget.size is not None:
@@ -136,6 +167,23 @@ def compress(
             files.forget()
             return small
     raise AssertionError
+
+
+def _refinement(
+    wanted: bool | Refinement | None,
+    activation_bits: Sequence[int],
+    samples: int | None,
+    compensation: Compensation,
+) -> Refinement | None:
+    """Return what corrects the sensitivity, or None."""
+    if isinstance(wanted, Refinement):
+        return wanted
+    if wanted is None:
+        wanted = bool(activation_bits)
+    if not wanted:
+        return None
+    usual = Refinement(plans=REFINEMENT_PLANS, compensation=compensation)
+    return usual if samples is None else replace(usual, samples=max(2, samples))
 
 
 class _Files:
@@ -186,7 +234,13 @@ def _apply(attempt: int) -> str:
     return f"apply-{attempt + 1}" if attempt else "apply"
 
 
-PARTS = ("measure", "sensitivity", *map(_apply, range(RETRIES + 1)))
+PARTS = (
+    "measure",
+    "refine",
+    "refine.plans",
+    "sensitivity",
+    *map(_apply, range(RETRIES + 1)),
+)
 
 
 def _digest(inputs: list[Any]) -> int:

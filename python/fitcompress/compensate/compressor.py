@@ -18,12 +18,13 @@ from fitcompress.compensate.activations import (
 )
 from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.calibration import prepare
+from fitcompress.compensate.dense_pass import DensePass, remembered
 from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.rounding import rounded
 from fitcompress.compensate.size_fit import Pace, entropy_bits
-from fitcompress.compensate.statistics import gather, position_skip
+from fitcompress.compensate.statistics import gather_outputs, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import DRIFT, LARGE
 from fitcompress.compensate.trust import judge
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fitcompress.compensate.calibration import Calibration
+    from fitcompress.compensate.dense_pass import Answers
     from fitcompress.search.plan import Level, Plan
     from fitcompress.sensitivity.mask_rules import MaskRule
 
@@ -105,6 +107,7 @@ class Compressor:
         fold_norms_(self._folded)
         round_leftovers_(self._folded, [layer.weight for layer in self.layers])
         self.calibration: Calibration | None = None
+        self._kept: dict[str, list[torch.Tensor]] | None = None
         if calibrate is not None:
             modules = {layer.name: layer.module for layer in self.layers}
             with threads(FIXED):
@@ -127,6 +130,23 @@ class Compressor:
         other.plan, other._input_bits = plan, input_bits(plan)
         other.attempts, other._judging = Attempts(None, ""), False
         return other
+
+    def twin(self) -> Compressor:
+        """Return one that may work at the same time as this one, in another thread.
+
+        It has a dense network of its own; the inputs are shared.
+        """
+        other = copy.copy(self)
+        other.model = copy_of(self.model)
+        other.layers = compressible_layers(other.model)
+        return other
+
+    def remember_dense(self, limit: int) -> None:
+        """Keep what the dense layers answer, for all plans, if it fits in ``limit``."""
+        assert self.calibration is not None
+        layers = {layer.name: layer for layer in self.layers if not layer.tied}
+        batches = self.calibration.batches
+        self._kept = remembered(self.model, layers, batches, limit)
 
     def _key(self) -> str:
         crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
@@ -189,9 +209,7 @@ class Compressor:
                 bar.advance(note=layer.name)
         layers = {layer.name: layer for layer in self.layers if not layer.tied}
         modules = dict(small.named_modules())
-        dense = Lockstep(
-            self.model, {n: x.module for n, x in layers.items()}, calibration.batches
-        )
+        dense = DensePass(self.model, layers, calibration.batches, self._kept)
         now = Lockstep(small, {n: modules[n] for n in layers}, calibration.batches)
         trusts = []
         with dense, now:
@@ -226,28 +244,28 @@ class Compressor:
         self,
         layer: Layer,
         level: Level,
-        dense: list[torch.Tensor],
+        dense: Answers,
         now: list[torch.Tensor],
         calibration: Calibration,
         options: Compensation,
         widen: float,
     ) -> Quantized:
-        """Compensate one layer, given its inputs in both networks."""
+        """Compensate one layer, given its dense answers and its inputs now."""
         if layer.rounded_alone:
             return self._rounded(layer, level, widen)
         judged = options.drift is None and layer.columns < LARGE
         held = [n for n, out in enumerate(calibration.held_out) if out and judged]
         fit_on = [n for n in range(len(now)) if n not in held]
         skip = position_skip(layer, now)
-        fitted = gather(
-            layer, [dense[n] for n in fit_on], [now[n] for n in fit_on], skip=skip
+        fitted = gather_outputs(
+            layer, (dense[n] for n in fit_on), [now[n] for n in fit_on], skip=skip
         )
         held_out = None
         if judged and not held:  # too few to tell a correction from noise
             options = replace(options, drift=0.0)
         if held:
-            held_out = gather(
-                layer, [dense[n] for n in held], [now[n] for n in held], skip=skip
+            held_out = gather_outputs(
+                layer, (dense[n] for n in held), [now[n] for n in held], skip=skip
             )
         outlet = self._outlets[layer.name]
         return quantize(

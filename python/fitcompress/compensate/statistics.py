@@ -22,13 +22,13 @@ from fitcompress.errors import NonFiniteError
 from fitcompress.model.patches import padded_input
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
     from fitcompress.model import Layer
 
-__all__ = ["Moments", "gather", "position_skip"]
+__all__ = ["Moments", "gather", "gather_outputs", "layer_outputs", "position_skip"]
 
 ENOUGH_ROWS = 65_536  # positions after which every other one is left out
 
@@ -82,6 +82,29 @@ def gather(
         layer: The layer of the dense network.
         dense: Its inputs there, one tensor per batch.
         compressed: Its inputs in the network compressed so far.
+        skip: As for `gather_outputs`.
+
+    Raises:
+        NonFiniteError: An input of the layer is NaN or infinite.
+    """
+    outputs = (layer_outputs(layer, x) for x in dense)
+    return gather_outputs(layer, outputs, compressed, skip=skip)
+
+
+@torch.no_grad()
+def gather_outputs(
+    layer: Layer,
+    outputs: Iterable[torch.Tensor],
+    compressed: Sequence[torch.Tensor],
+    *,
+    skip: int | None = None,
+) -> Moments:
+    """Return the moments of one layer, given what it answers in the dense network.
+
+    Args:
+        layer: The layer of the dense network.
+        outputs: `layer_outputs` of its inputs there, for every batch.
+        compressed: Its inputs in the network compressed so far, one tensor per batch.
         skip: Take every so many-th position per dimension; None: see
             :func:`position_skip`.
 
@@ -90,9 +113,8 @@ def gather(
     """
     moments = Moments.zeros(layer, compressed[0].device)
     skip = skip or position_skip(layer, compressed)
-    for number, (x_dense, x_now) in enumerate(zip(dense, compressed, strict=True)):
+    for number, (y, x_now) in enumerate(zip(outputs, compressed, strict=True)):
         windows, kernel, stride, dilation = padded_input(layer.module, x_now)
-        y = _outputs(layer, x_dense)
         if _is_linear(layer.module):
             first = number * skip // len(compressed)  # sequences: all their places
             windows, y = windows[first::skip], y[first::skip]
@@ -126,7 +148,8 @@ def _is_linear(module: nn.Module) -> bool:
     return not hasattr(module, "kernel_size")
 
 
-def _outputs(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def layer_outputs(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """Return W x as [N, rows, D, H, W], float32: the output without its bias.
 
     From the weight and the declared padding, whatever a subclass makes of them.

@@ -10,38 +10,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fitcompress import ops
 from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.options import Compensation
-from fitcompress.compensate.size_fit import Pace
 from fitcompress.data.batches import batch_size, digest
-from fitcompress.errors import NonFiniteError, OptionError
+from fitcompress.errors import OptionError
 from fitcompress.model import check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
-from fitcompress.model.forward import call_model
-from fitcompress.model.positions import counted
-from fitcompress.progress import Bar
 from fitcompress.quantize import remove
 from fitcompress.refinement.checks import check_batches, check_layers
-from fitcompress.refinement.divergences import log_probabilities, softened_divergence
-from fitcompress.refinement.progress_file import ProgressFile
-from fitcompress.refinement.random_plans import draw_plans, families
-from fitcompress.refinement.regression import (
-    Fit,
-    cross_validated,
-    rank_correlation,
-    simplest,
+from fitcompress.refinement.plan_fit import Drawn, fit_plans, squared_error
+from fitcompress.refinement.plan_losses import (
+    TINY,
+    float_inputs,
+    plan_loss_rises,
+    worker_count,
 )
+from fitcompress.refinement.progress_file import ProgressFile
+from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
 from fitcompress.search.plan import Level, Plan
-from fitcompress.sensitivity.mask_rules import check_rule, importance_of
+from fitcompress.sensitivity.mask_rules import check_rule
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
-    from numpy.typing import NDArray
     from torch import nn
 
     from fitcompress.model import Layer
@@ -49,14 +43,10 @@ if TYPE_CHECKING:
     from fitcompress.sensitivity.mask_rules import MaskRule
     from fitcompress.sensitivity.table import Sensitivity
 
-    Reals = NDArray[np.float64]
-    Cells = tuple[NDArray[np.int64], NDArray[np.int64]]
-
 __all__ = ["LEAST_PLANS", "calibrate"]
 
 logger = logging.getLogger(__name__)
 LEAST_PLANS = 8
-TINY = 1e-30
 
 
 def calibrate(
@@ -91,8 +81,15 @@ def calibrate(
     is in ``provenance["calibrated"]`` and in the log. Each family of grids has plans
     and factors of its own.
 
+    If the table has activation bits, every fixed-point plan is measured a second time
+    with random bits for the inputs of its layers, and their distortions get factors as
+    well: D'_l(a) = c_l D_l(a). Without that, a search on bit operations holds what
+    rounded weights would cost, several times too much once they are compensated,
+    against what inputs do cost.
+
     Costs ``plans`` times an ``apply`` with half of the samples and a forward pass over
-    the other half, for each family.
+    the other half, for each family; as many plans at the same time as torch has
+    threads, with the same result for any number of them.
 
     Args:
         sensitivity: What :func:`fitcompress.measure` or :func:`fitcompress.refine`
@@ -135,10 +132,17 @@ def calibrate(
             got=", ".join(families(sensitivity)),
             wanted="step, bits or any, and grids of that family",
         )
-    drawn = {kind: draw_plans(sensitivity, kind, plans, seed) for kind in kinds}
+    drawn = {
+        kind: Drawn(
+            *draw_plans(sensitivity, kind, plans, seed),
+            inputs=draw_inputs(sensitivity, kind, plans, seed),
+        )
+        for kind in kinds
+    }
     every = [
         plan for kind in kinds for plan in _plans(sensitivity, layers, drawn[kind])
     ]
+    workers = worker_count(model)
     with threads(FIXED), torch.no_grad():
         modules = {layer.name: layer.module for layer in layers}
         batches = prepare(dense, modules, loader, samples).batches
@@ -152,29 +156,41 @@ def calibrate(
         file.belongs_to(f"{fingerprint(dense, layers)}-{crc:08x}")
         compressor = Compressor(
             dense,
-            every[0],
+            float_inputs(every[0]),
             None if compensation is None else batches[::2],
             compensation=compensation,
             masks=masks,
             progress=False,
         )
-        plain, soft = _loss_rises(
-            compressor, every, batches[1::2], temperature, file, progress=progress
+    with threads(1), torch.no_grad():  # of every worker
+        plain, soft = plan_loss_rises(
+            compressor,
+            every,
+            batches[::2],
+            batches[1::2],
+            temperature,
+            file,
+            workers=workers,
+            progress=progress,
         )
-    squared = _squared_error(layers, sensitivity, masks)
+    squared = squared_error(layers, sensitivity, masks)
     distortion, report = sensitivity.distortion.copy(), {}
+    inputs = sensitivity.activation_distortion
     for number, kind in enumerate(kinds):
-        own = slice(number * plans, (number + 1) * plans)
+        begin, stages = number * plans, drawn[kind].stages
+        rises, softened = (y[begin : begin + plans, :stages] for y in (plain, soft))
         rows = np.array([g.family == kind for g in sensitivity.grids])
-        fitted, report[kind] = _fitted(
-            sensitivity, kind, squared, drawn[kind], soft[own]
-        )
-        in_nats = plain[own].sum() / max(soft[own].sum(), TINY)
-        distortion[:, rows] = fitted[:, rows] * in_nats
+        fit = fit_plans(sensitivity, kind, squared, drawn[kind], softened)
+        in_nats = rises.sum() / max(softened.sum(), TINY)
+        distortion[:, rows] = fit.distortion[:, rows] * in_nats
+        if stages > 1:
+            inputs = fit.inputs * in_nats
+        report[kind] = fit.report
         logger.info("calibrate, %s: %s", kind, report[kind])
     result = replace(
         sensitivity,
         distortion=distortion,
+        activation_distortion=inputs,
         provenance={
             **sensitivity.provenance,
             "calibrated": {
@@ -197,9 +213,11 @@ def _check_options(plans: int, samples: int, temperature: float) -> None:
         raise OptionError("temperature", got=temperature, wanted="1 to 1000")
 
 
-def _plans(table: Sensitivity, layers: Sequence[Layer], cells: Cells) -> list[Plan]:
+def _plans(table: Sensitivity, layers: Sequence[Layer], drawn: Drawn) -> list[Plan]:
     """Return plans of chosen cells, in the order of the model."""
     place = {name: i for i, name in enumerate(table.names)}
+    inputs = np.zeros_like(drawn.grids) if drawn.inputs is None else drawn.inputs
+    cells = (drawn.grids, drawn.masks, inputs)
     return [
         Plan(
             {
@@ -207,139 +225,12 @@ def _plans(table: Sensitivity, layers: Sequence[Layer], cells: Cells) -> list[Pl
                     table.grids[grid[i]],
                     float(table.sparsity[i, sparsity[i]]),
                     tuple(layer.shape),
+                    activation_bits=table.activation_bits[width[i]],
                 )
                 for layer in layers
                 for i in (place[layer.name],)
             },
             method="random",
         )
-        for grid, sparsity in zip(*cells, strict=True)
+        for grid, sparsity, width in zip(*cells, strict=True)
     ]
-
-
-def _loss_rises(
-    compressor: Compressor,
-    plans: list[Plan],
-    measured: list[Any],
-    temperature: float,
-    file: ProgressFile,
-    *,
-    progress: bool,
-) -> tuple[Reals, Reals]:
-    """Return KL and softened KL of every plan, [P] each."""
-    heats = (1.0, temperature)
-    dense = compressor.model
-    before = [
-        [log_probabilities(call_model(dense, x), t, counted(dense, x)) for t in heats]
-        for x in measured
-    ]
-    rows = sum(len(each[0]) for each in before)
-    done, sums = file.load((len(plans), len(heats)))
-    samples = sum(map(batch_size, measured))
-    title = f"calibrate: {len(plans)} plans, {samples} inputs each"
-    with Bar(title, len(plans), enabled=progress) as bar:
-        bar.advance(done)
-        for number, plan in enumerate(plans[done:], done):
-            small = compressor.with_plan(plan).at(Pace("layers", 1.0))
-            for x, known in zip(measured, before, strict=True):
-                output = call_model(small, x)
-                for h, t in enumerate(heats):
-                    after = log_probabilities(output, t, counted(small, x))
-                    sums[number, h] += softened_divergence(known[h], after, t)
-            file.save(number + 1, sums)
-            bar.advance()
-    if not bool(torch.isfinite(sums).all()):
-        raise NonFiniteError(
-            "an output is NaN or infinite",
-            wanted="finite logits",
-            fix="look for overflow in half precision",
-        )
-    plain, soft = (sums / rows).clamp_min(0.0).numpy().T
-    return plain, np.maximum(soft, TINY)
-
-
-def _squared_error(
-    layers: Sequence[Layer], table: Sensitivity, masks: MaskRule | None
-) -> Reals:
-    """Return ½ Σ (θ − θ̂)² of all cells, [L, G, S]."""
-    bits = [g.bits for g in table.grids if g.bits is not None]
-    steps = [g.step for g in table.grids if g.step is not None]
-    by_name = {layer.name: layer for layer in layers}
-    return np.stack(
-        [
-            ops.distortion_table(
-                by_name[name].matrix(),
-                None,
-                bits,
-                steps,
-                shares.tolist(),
-                importance=None
-                if masks is None
-                else importance_of(masks, by_name[name]),
-            ).distortion.numpy()
-            for name, shares in zip(table.names, table.sparsity, strict=True)
-        ]
-    )
-
-
-def _bases(table: Sensitivity, kind: str, squared: Reals) -> dict[str, Reals]:
-    """Return what D' may be proportional to in a layer, [L, G, S] each."""
-    bases = {
-        "table": table.distortion,
-        "squared error": squared,
-        "both": np.sqrt(table.distortion * squared),
-    }
-    if kind == "step":
-        steps = np.array([grid.step or 0.0 for grid in table.grids])
-        law = table.sizes[:, None, None] * np.square(steps)[:, None] / 24
-        bases["step law"] = np.broadcast_to(law, squared.shape)
-    return bases
-
-
-def _fitted(
-    table: Sensitivity, kind: str, squared: Reals, cells: Cells, y: Reals
-) -> tuple[Reals, dict[str, Any]]:
-    """Return the table of the best bases, in the units of y, and how well it fits."""
-    layers = np.arange(len(table.names))
-    grids, masks = cells
-    bases = _bases(table, kind, squared)
-    plain = {name: base[:, :, :1] for name, base in bases.items()}
-    rest = {name: np.maximum(base - plain[name], 0.0) for name, base in bases.items()}
-    masked = bool(masks.any())
-    pairs = [(a, b) for a in bases for b in (bases if masked else (a,))]
-    groups = np.repeat([0, 1][: 1 + masked], len(layers))
-    fits: list[Fit] = []
-    origins: list[tuple[str, str]] = []
-    for one, other in pairs:
-        columns = [plain[one][layers, grids, 0], rest[other][layers, grids, masks]]
-        x = np.concatenate(columns[: 1 + masked], axis=1)
-        if not (x > 0).any(1).all():
-            continue
-        found = cross_validated(x, y, groups)
-        fits += found
-        origins += [(one, other)] * len(found)
-    if not fits:  # nothing hurts: zero weights
-        return table.distortion, {"plans": len(y), "base": "none"}
-    chosen = simplest(fits)
-    fit, (one, other) = fits[chosen], origins[chosen]
-    a = fit.factors[: len(layers), None, None]
-    b = fit.factors[-len(layers) :, None, None]
-    before = table.distortion[layers, grids, masks].sum(1)
-    report = {
-        "plans": len(y),
-        "base": one,
-        "ridge": fit.ridge,
-        "spearman_before": rank_correlation(before, y),
-        "spearman": rank_correlation(fit.predicted, y),
-        "log_error": fit.error,
-        "factors": _relative(a),
-    }
-    if masked:
-        report |= {"mask_base": other, "mask_factors": _relative(b)}
-    return a * plain[one] + b * rest[other], report
-
-
-def _relative(factors: Reals) -> list[float]:
-    """Return factors over their geometric mean."""
-    logs = np.log(factors.ravel())
-    return [float(f) for f in np.exp(logs - logs.mean()).round(4)]

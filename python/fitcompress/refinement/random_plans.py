@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
     Cells = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-__all__ = ["draw_plans", "families", "sensible_grids"]
+__all__ = ["draw_inputs", "draw_plans", "families", "sensible_grids"]
 
 MOST_BITS = 6  # more hardly raise the loss, and tell nothing
 MOST_SPARSITY = 0.75
+LEAST_INPUT_BITS, MOST_INPUT_BITS = 3, 8  # with two, inputs drown all else
 LEAST_RATE, MOST_RATE = 0.8, 4.0  # bits per weight of the whole network's step
 SPREAD = 0.5  # octaves
 
@@ -45,6 +46,23 @@ def draw_plans(table: Sensitivity, family: str, count: int, seed: int) -> Cells:
     if len(allowed) > 1:
         masks[1::2] = allowed[_even(len(allowed), count // 2, layers, random)]
     return grids[_even(len(grids), count, layers, random)], masks
+
+
+def draw_inputs(
+    table: Sensitivity, family: str, count: int, seed: int
+) -> NDArray[np.int64] | None:
+    """Return the activation bits of every layer, indices [count, L].
+
+    None where the table has none, or grids are entropy-coded steps: no runtime executes
+    those with quantized inputs.
+    """
+    bits = np.array([width or 0 for width in table.activation_bits])
+    if family == "step" or not bits.any():
+        return None
+    tell = np.flatnonzero((bits >= LEAST_INPUT_BITS) & (bits <= MOST_INPUT_BITS))
+    levels = tell if len(tell) else np.flatnonzero(bits)
+    random = np.random.default_rng([seed, 2])
+    return np.asarray(levels[_even(len(levels), count, len(table.names), random)])
 
 
 def sensible_grids(table: Sensitivity, family: str) -> NDArray[np.int64]:

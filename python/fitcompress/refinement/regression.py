@@ -110,7 +110,12 @@ def fit_factors(x: Reals, y: Reals, groups: NDArray[np.int64], ridge: float) -> 
 
 
 def cross_validated(
-    x: Reals, y: Reals, groups: NDArray[np.int64], ridges: Sequence[float] = RIDGES
+    x: Reals,
+    y: Reals,
+    groups: NDArray[np.int64],
+    ridges: Sequence[float] = RIDGES,
+    *,
+    together: int = 1,
 ) -> list[Fit]:
     """Return a fit for every ridge, and how it predicts plans that are left out.
 
@@ -119,9 +124,13 @@ def cross_validated(
         y: As for `fit_factors`.
         groups: As for `fit_factors`.
         ridges: To try.
+        together: So many rows, one after the other, are of one plan and left out
+            together.
     """
     plans = len(y)
-    folds = [np.arange(k, plans, min(FOLDS, plans)) for k in range(min(FOLDS, plans))]
+    owner = np.arange(plans) // together
+    count = min(FOLDS, plans // together)
+    folds = [np.flatnonzero(owner % count == k) for k in range(count)]
     fits = []
     for ridge in ridges:
         predicted = np.empty(plans)

@@ -49,6 +49,10 @@ def search(
     alike in all layers; the loss rise that the plan predicts is that of rounded weights
     all the same. See :class:`fitcompress.methods.Optimal`.
 
+    For bit operations :func:`fitcompress.refine` the sensitivity first, or let
+    :func:`fitcompress.compress` do so: without that, weights are predicted as if they
+    were rounded, and get bits that the inputs need.
+
     Args:
         sensitivity: What :func:`fitcompress.measure` returned.
         budget: The bounds, with rules for single layers.

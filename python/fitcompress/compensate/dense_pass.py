@@ -1,0 +1,127 @@
+"""What the layers of the dense network answer, batch by batch, live or remembered.
+
+Compensation compares with the dense network again for every plan and every size that it
+tries. Where many plans are applied to the same inputs its answers are kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fitcompress.compensate.lockstep import Lockstep, not_reached
+from fitcompress.compensate.statistics import layer_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from torch import nn
+
+    from fitcompress.model import Layer
+
+__all__ = ["Answers", "DensePass", "remembered"]
+
+
+class Answers(Protocol):
+    """`layer_outputs` of one layer, of every batch."""
+
+    def __getitem__(self, number: int, /) -> torch.Tensor:
+        """Return those of a batch."""
+        ...
+
+
+class _Live:
+    def __init__(self, layer: Layer, inputs: list[torch.Tensor]) -> None:
+        self._layer, self._inputs = layer, inputs
+
+    def __getitem__(self, number: int, /) -> torch.Tensor:
+        return layer_outputs(self._layer, self._inputs[number])
+
+
+class DensePass:
+    """The layers of a dense network in the order in which they run.
+
+    Use as a context manager.
+
+    Args:
+        model: The network, in eval mode.
+        layers: Name → layer.
+        batches: Inputs.
+        kept: What `remembered` returned for the same, or None: the network runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, Layer],
+        batches: list[Any],
+        kept: dict[str, list[torch.Tensor]] | None = None,
+    ) -> None:
+        self._layers = layers
+        modules = {name: layer.module for name, layer in layers.items()}
+        self._pass = None if kept is not None else Lockstep(model, modules, batches)
+        self._kept: Iterator[tuple[str, list[torch.Tensor]]] = iter(
+            (kept or {}).items()
+        )
+
+    def __enter__(self) -> DensePass:
+        if self._pass is not None:
+            self._pass.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pass is not None:
+            self._pass.__exit__(kind, error, trace)
+
+    def advance(self) -> tuple[str, Answers] | None:
+        """Go on to the next layer; return its name and answers, or None at the end.
+
+        Raises:
+            CalibrationError: Different batches reach different layers.
+        """
+        if self._pass is None:
+            return next(self._kept, None)
+        reached = self._pass.advance()
+        if reached is None:
+            return None
+        name, inputs = reached
+        return name, _Live(self._layers[name], inputs)
+
+
+@torch.no_grad()
+def remembered(
+    model: nn.Module, layers: dict[str, Layer], batches: list[Any], limit: int
+) -> dict[str, list[torch.Tensor]] | None:
+    """Return the answers of all layers, name → batch, or None if they take too much.
+
+    Args:
+        model: As for `DensePass`.
+        layers: As for `DensePass`.
+        batches: As for `DensePass`.
+        limit: Bytes that they may take.
+
+    Raises:
+        CalibrationError: A layer is never reached, or batches reach different ones.
+    """
+    kept: dict[str, list[torch.Tensor]] = {}
+    with DensePass(model, layers, batches) as passes:
+        for _ in layers:
+            reached = passes.advance()
+            if reached is None:
+                raise not_reached(layers, kept)
+            name, answers = reached
+            kept[name] = []
+            for number in range(len(batches)):
+                y = answers[number]
+                limit -= y.numel() * y.element_size()
+                if limit < 0:
+                    return None
+                kept[name].append(y)
+    return kept

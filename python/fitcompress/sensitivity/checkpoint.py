@@ -26,7 +26,7 @@ class Checkpoint:
     Alone, that is the file itself. Each of several processes has a file of its own,
     ``<path>.rank0-of-2``, which it writes under the name ``….next`` first; once all
     have, each renames its own. So there is a turn that all of them can go on from,
-    whenever they are killed.
+    whenever they are killed; one that goes on from the new file renames it first.
 
     Args:
         path: The file.
@@ -56,7 +56,10 @@ class Checkpoint:
         a log line says so.
         """
         paths = [self.path] if self._ranks.alone else [self.path, self._next]
-        saved = dict(filter(None, map(self._read, paths)))
+        saved: dict[int, tuple[Path, FisherMoments]] = {}
+        for path in paths:
+            if (found := self._read(path)) is not None:
+                saved.setdefault(found[0], (path, found[1]))
         shared = set.intersection(*map(set, self._ranks.gather(list(saved))))
         if not shared:
             if saved and not self._ranks.alone:
@@ -66,7 +69,11 @@ class Checkpoint:
                 )
             return None
         self.turn = max(shared)
-        return saved[self.turn]
+        path, moments = saved[self.turn]
+        with self._ranks.together():
+            if path != self.path:  # or the next save would write over it
+                self._next.replace(self.path)
+        return moments
 
     def _read(self, path: Path) -> tuple[int, FisherMoments] | None:
         if not path.exists():
@@ -94,10 +101,12 @@ class Checkpoint:
             return
         with self._ranks.together():
             write_atomically(self._next, content)
-        self._next.replace(self.path)
+        with self._ranks.together():
+            self._next.replace(self.path)
 
     def remove(self) -> None:
         """Remove the files: the work is done."""
-        self.path.unlink(missing_ok=True)
-        if not self._ranks.alone:
-            self._next.unlink(missing_ok=True)
+        with self._ranks.together():
+            self.path.unlink(missing_ok=True)
+            if not self._ranks.alone:
+                self._next.unlink(missing_ok=True)

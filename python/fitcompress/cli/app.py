@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -105,9 +106,24 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def process_count() -> int:
-    """Return how many processes ``torchrun`` has started this command in."""
-    started = "RANK" in os.environ and "MASTER_ADDR" in os.environ
-    return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
+    """Return how many processes ``torchrun`` has started this command in.
+
+    Clusters set ``RANK`` and ``WORLD_SIZE`` for programs that have nothing to do with
+    it; those do not count.
+
+    Raises:
+        OptionError: The environment does not say how many.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 1
+    text = os.environ.get("WORLD_SIZE", "")
+    if not text.isdecimal() or int(text) < 1:
+        raise OptionError(
+            "the environment variable WORLD_SIZE is no number of processes",
+            got=repr(text),
+            fix="leave it to torchrun, or unset TORCHELASTIC_RUN_ID",
+        )
+    return int(text)
 
 
 def prepare(
@@ -147,6 +163,9 @@ def _root(
         bool, typer.Option("--version", help="Print the version.")
     ] = False,
 ) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
     count = process_count()
     if count > 1 and context.invoked_subcommand not in SHARED:
         raise OptionError(
@@ -155,6 +174,3 @@ def _root(
             wanted=f"torchrun for {', '.join(SHARED)} only",
             fix="run it without torchrun",
         )
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit

@@ -13,8 +13,10 @@ from fitcompress.errors import DistributedError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Ranks"]
+__all__ = ["ALONE", "Ranks"]
 
+ALONE: Any = object()
+"""In place of a process group: this process without others."""
 LOST = ("gloo", "connection closed", "connection reset", "timed out", "broken pipe")
 
 
@@ -27,7 +29,7 @@ class Ranks:
     time is up (``torch.distributed.init_process_group(timeout=…)``).
 
     Args:
-        group: The process group; None for the default one, if there is one.
+        group: The process group; None for the default one, if there is one; or ALONE.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -38,8 +40,8 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None) -> None:
-        active = dist.is_available() and dist.is_initialized()
-        self.group = group
+        active = group is not ALONE and dist.is_available() and dist.is_initialized()
+        self.group = group if active else None
         self.rank = dist.get_rank(group) if active else 0
         self.count = dist.get_world_size(group) if active else 1
         if self.rank < 0:
@@ -51,9 +53,7 @@ class Ranks:
     @classmethod
     def single(cls) -> Ranks:
         """Return this process without others, whatever is initialised."""
-        made = cls.__new__(cls)
-        made.group, made.rank, made.count = None, 0, 1
-        return made
+        return cls(ALONE)
 
     @property
     def alone(self) -> bool:
@@ -130,7 +130,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that talks to nobody; what it raises in one, raises in all.
+        """Run a block; what it raises in one process, raises in all.
+
+        If it talks to others it must have done so when it raises, or they wait for it.
 
         Raises:
             DistributedError: It has raised in another process.
@@ -154,8 +156,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            known = isinstance(error, DistributedError) or not _lost(error)
-            if self.alone or known:
+            if self.alone or isinstance(error, DistributedError) or not _lost(error):
                 raise
             raise DistributedError(
                 "another process of the group is gone or does not answer",

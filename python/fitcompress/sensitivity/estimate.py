@@ -182,7 +182,9 @@ def estimate(
     """Run an estimator over batches, in eval mode, saving now and then.
 
     Several processes take a batch each, turn by turn, until none has one left; then
-    all have the moments of all of them. In every turn each says whether it failed.
+    all have the moments of all of them. In every turn each says whether it failed. Of a
+    sharded model the loss is not looked at before: in each process it is another
+    batch's, and one that raises would leave the others in the model.
 
     Args:
         estimator: Of this process.
@@ -199,7 +201,7 @@ def estimate(
     model, moments = estimator.model, estimator.moments
     resume, saved = 0 if checkpoint is None else checkpoint.turn, time.monotonic()
     mine = None if samples is None else -(-samples // ranks.count)
-    untried = loss_fn is not None
+    untried = loss_fn is not None and lockstep is None
 
     def update(share: Share) -> None:
         nonlocal untried
@@ -212,7 +214,6 @@ def estimate(
     with (
         _evaluating_loudly(model),
         threads(FIXED),
-        ranks.reaching(),
         Bar(_title(ranks), mine, enabled=progress and ranks.first) as bar,
     ):
         for turn in itertools.count():
@@ -243,7 +244,8 @@ def estimate(
             if tolerance is not None and error_now < tolerance:
                 break
         if not ranks.alone:
-            moments.all_reduce(ranks.group, squares=lockstep is None)
+            with ranks.reaching():
+                moments.all_reduce(ranks.group, squares=lockstep is None)
     return moments
 
 
@@ -314,7 +316,8 @@ def _common_error(moments: FisherMoments, ranks: Ranks) -> float:
         samples=moments.samples,
     )
     if not ranks.alone:
-        together.all_reduce(ranks.group)
+        with ranks.reaching():
+            together.all_reduce(ranks.group)
     return together.largest_relative_error if together.samples >= FEWEST else math.inf
 
 

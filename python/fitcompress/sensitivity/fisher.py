@@ -8,6 +8,7 @@ gradient of autograd's, and no per-sample gradient is ever stored.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,9 @@ class FisherEstimator:
         """Return how the model treats inputs of these shapes: others it may not."""
         shapes = sample_shapes(x)
         if self.unknown(x):
-            self._probes[shapes] = probe(self.model, self._index, x, batch_size(x))
+            with self._reaching():
+                found = probe(self.model, self._index, x, batch_size(x))
+            self._probes[shapes] = found
         return self._probes[shapes]
 
     def _micro_batch(self, batch: int, probe: Probe) -> int:
@@ -234,9 +237,11 @@ class FisherEstimator:
             else:
                 assert loss is not None
                 self._broken = True
-                self._backward(run, loss)
-                if self._counting:
-                    self._count(run, float(loss.detach()), batch)
+                with self._together():
+                    with self._reaching():
+                        run.backward(loss)
+                    if self._counting:
+                        self._count(run, float(loss.detach()), batch)
                 self._broken = False
                 return float(loss.detach()) * batch
         finally:
@@ -260,7 +265,8 @@ class FisherEstimator:
         error: Exception | None = None
         try:
             with capturing(self.model, run.capture), torch.enable_grad():
-                out = call_model(self.model, run.inputs(x))
+                with self._reaching():
+                    out = call_model(self.model, run.inputs(x))
                 if not run.irregular and not run.stale:
                     loss = loss_fn(out, y)
                     _check_loss(loss)
@@ -273,12 +279,17 @@ class FisherEstimator:
         agreed = self._lockstep.ranks.agree(error, run.irregular, run.stale)
         return loss, agreed[0], agreed[1]
 
-    def _backward(self, run: Run, loss: torch.Tensor) -> None:
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+        """Run a block in which the processes of a sharded model talk to each other."""
         if self._lockstep is None:
-            run.backward(loss)
-            return
-        with self._lockstep.ranks.together():
-            run.backward(loss)
+            return contextlib.nullcontext()
+        return self._lockstep.ranks.reaching()
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        """Run a block that fails in all processes of a sharded model, or in none."""
+        if self._lockstep is None:
+            return contextlib.nullcontext()
+        return self._lockstep.ranks.together()
 
     def _count(self, run: Run, loss: float, batch: int) -> None:
         """Add what a micro-batch has found to the moments."""

@@ -305,16 +305,18 @@ def _histograms(
 ) -> dict[str, ValueHistogram]:
     """Return the values of the inputs of layers, on all samples.
 
-    Each process counts its own batches; those of a sharded model count all of them.
+    Each process counts its own batches; those of a sharded model count all of them, or,
+    with a sampler, as many as each other, what it repeats included.
     """
+    alike = sharded and sampler is None
+    mine = samples if alike or samples is None else -(-samples // ranks.count)
     shares = (share[1:] for share in shared_out(loader, sampler, samples, ranks))
-    batches = take(loader, samples) if sharded else shares
-    mine = samples if sharded or samples is None else -(-samples // ranks.count)
+    batches = take(loader, mine) if sharded else shares
     with _running(ranks, sharded):
         found = input_histograms(
             model, layers, batches, samples=mine, progress=progress
         )
-    if sharded or ranks.alone:
+    if alike or ranks.alone:
         return found
     merged: dict[str, ValueHistogram] = {}
     for each in ranks.gather(found):

@@ -13,6 +13,7 @@ from fitcompress.data.batches import digest, take, tensors
 from fitcompress.errors import BudgetExceededError, FormatError
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.ranks import ALONE
 from fitcompress.refinement import Refinement
 from fitcompress.search import Budget, search
 from fitcompress.sensitivity.measurement import measure
@@ -124,6 +125,7 @@ def compress(
             activation_bits=activation_bits,
             checkpoint=files.path("measure"),
             seed=seed,
+            group=ALONE,
             progress=progress,
         )
         if refinement is not None:

@@ -32,9 +32,9 @@ def sampled_loader() -> DataLoader[Any]:
     return DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=False))
 
 
-def failing(after: int, error: BaseException) -> Iterator[Batch]:
+def failing(after: int, error: Exception, whole: Any = None) -> Iterator[Any]:
     """Batches, and an error instead of number ``after``."""
-    for number, batch in enumerate(batches()):
+    for number, batch in enumerate(whole or batches()):
         if number == after:
             raise error
         yield batch
@@ -79,6 +79,23 @@ def token_batches() -> list[dict[str, torch.Tensor]]:
     made = torch.Generator().manual_seed(2)
     shapes = ((4, 7), (4, 7), (3, 7), (4, 5), (2, 5))
     return [{"input_ids": torch.randint(11, s, generator=made)} for s in shapes]
+
+
+def whole_tokens() -> TensorDataset:
+    """Ten sequences of one length."""
+    made = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randint(11, (10, 7), generator=made))
+
+
+def sampled_tokens() -> DataLoader[Any]:
+    """Those sequences in batches of 3; each of two processes gets 5."""
+    data = whole_tokens()
+    return DataLoader(data, 3, sampler=DistributedSampler(data, shuffle=False))
+
+
+def squared(out: torch.Tensor, _: Any) -> torch.Tensor:
+    """A loss without labels."""
+    return out.square().mean()
 
 
 def shard(model: nn.Module) -> nn.Module:

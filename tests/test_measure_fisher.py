@@ -328,7 +328,6 @@ whole = dict(diagonal=True, activations=True, progress=False)
 short = dict(tolerance=0.1, progress=False)
 if kind != "one":
     dist.init_process_group("gloo")
-    parts = parts[2 * dist.get_rank() :][:2]
 if kind == "sharded":
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -337,8 +336,7 @@ if kind == "sharded":
     for layer in (model[0], model[3], model):
         fully_shard(layer, mesh=mesh)
 found = fc.measure_fisher(model, parts, cross_entropy, **whole)
-if kind == "data":  # one process has more, and they reach other layers
-    parts = parts[: 1 + dist.get_rank()]
+if kind == "data":  # they reach other layers
     mine = fc.FisherMoments(samples=1, loss=1.0)
     for name in ("a", "b", "c") if dist.get_rank() else ("c", "b"):
         mine.trace[name] = torch.tensor([1.0, 1.0]).double() * ord(name)
@@ -351,7 +349,7 @@ if kind == "data":  # one process has more, and they reach other layers
     assert {n: float(t) for n, t in mine.squares.items()} == {"a": 97.0, "b": 196.0}
     assert set(mine.forms) == {"a", "b"}
     assert mine.unsupported == {"c": "it enters add"}
-early = fc.measure_fisher(model, parts * 50, cross_entropy, **short)
+early = fc.measure_fisher(model, parts * 25 + parts[:1], cross_entropy, **short)
 assert all(p.grad is None and p.requires_grad for p in model.parameters())
 if kind == "one" or dist.get_rank() == 0:
     found.save(f"{folder}/{kind}")
@@ -375,13 +373,13 @@ def test_two_processes_equal_one(tmp_path, kind) -> None:
     ]
     for command, name in ((run, "one"), (torchrun, kind)):
         done = subprocess.run(
-            [*command, name, str(tmp_path)], capture_output=True, text=True, timeout=100
+            [*command, name, str(tmp_path)], capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr
     one, two = (fc.FisherMoments.load(tmp_path / name) for name in ("one", kind))
     same(two, one, exactly=False)
     early = fc.FisherMoments.load(tmp_path / f"{kind}-early")
-    assert early.samples < 2 * 50 * 12
+    assert early.samples < 25 * 24
     assert early.largest_relative_error < 0.1
 
 

@@ -17,6 +17,7 @@ from fitcompress.errors import (
 )
 from fitcompress.files import check_writable
 from fitcompress.model import check_finite, compressible_layers, fingerprint
+from fitcompress.ranks import ALONE
 from fitcompress.refinement import Refinement
 from fitcompress.search import Budget, search
 from fitcompress.sensitivity.measurement import measure
@@ -129,6 +130,7 @@ def compress(
             activation_bits=bits,
             checkpoint=files.path("measure"),
             seed=seed,
+            group=ALONE,
             progress=progress,
         )
 

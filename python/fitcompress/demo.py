@@ -25,6 +25,7 @@ from fitcompress.files import check_writable, write_atomically
 from fitcompress.methods import Lagrangian, PathSearch
 from fitcompress.model.costs import dense_bytes
 from fitcompress.quantize import remove
+from fitcompress.ranks import ALONE
 from fitcompress.report import Report, report
 from fitcompress.search import Budget, Plan, search
 from fitcompress.sensitivity.measurement import measure
@@ -132,7 +133,10 @@ class _Demo:
         def make() -> None:
             checkpoint = self.partial(SENSITIVITY)
             loader = self.data.calibration(self.seed)
-            measure(model, loader, seed=self.seed, checkpoint=checkpoint).save(path)
+            table = measure(
+                model, loader, seed=self.seed, checkpoint=checkpoint, group=ALONE
+            )
+            table.save(path)
 
         return self.stage(SENSITIVITY, make, lambda: Sensitivity.load(path))
 

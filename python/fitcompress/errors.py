@@ -7,6 +7,7 @@ __all__ = [
     "BudgetInfeasibleError",
     "CalibrationError",
     "DataError",
+    "DistributedError",
     "EmptyLoaderError",
     "ExportError",
     "FitcompressError",
@@ -70,6 +71,10 @@ class EmptyLoaderError(FitcompressError, ValueError):
 
 class DataError(FitcompressError, ValueError):
     """Data, labels or a data folder are not what was expected."""
+
+
+class DistributedError(FitcompressError, RuntimeError):
+    """Another process of a ``torch.distributed`` group failed, is gone, or differs."""
 
 
 class CalibrationError(FitcompressError, ValueError):

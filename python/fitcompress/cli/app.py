@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from fitcompress.errors import OptionError
 from fitcompress.files import check_no_input, check_writable, write_atomically
 from fitcompress.versions import __version__
 
@@ -29,7 +32,10 @@ __all__ = [
     "defaults",
     "emit",
     "prepare",
+    "process_count",
 ]
+
+SHARED = ("measure",)  # commands that several processes run together
 
 app = typer.Typer(
     name="fitcompress",
@@ -120,6 +126,27 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
+def process_count() -> int:
+    """Return how many processes ``torchrun`` has started this command in.
+
+    Clusters set ``RANK`` and ``WORLD_SIZE`` for programs that have nothing to do with
+    it; those do not count.
+
+    Raises:
+        OptionError: The environment does not say how many.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 1
+    text = os.environ.get("WORLD_SIZE", "")
+    if not text.isdecimal() or int(text) < 1:
+        raise OptionError(
+            "the environment variable WORLD_SIZE is no number of processes",
+            got=repr(text),
+            fix="leave it to torchrun, or unset TORCHELASTIC_RUN_ID",
+        )
+    return int(text)
+
+
 def prepare(
     json_path: Path | None, *outputs: Path | None, inputs: Iterable[Path] = ()
 ) -> None:
@@ -152,6 +179,7 @@ def emit(path: Path | None, values: dict[str, Any]) -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.")
     ] = False,
@@ -159,3 +187,11 @@ def _root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    count = process_count()
+    if count > 1 and context.invoked_subcommand not in SHARED:
+        raise OptionError(
+            "this command runs in one process",
+            got=f"{count} of them",
+            wanted=f"torchrun for {', '.join(SHARED)} only",
+            fix="run it without torchrun",
+        )

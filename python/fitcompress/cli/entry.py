@@ -1,6 +1,7 @@
 """Entry point: commands, and errors as one line with an exit code."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import NoReturn, TextIO
@@ -12,7 +13,7 @@ from fitcompress.cli.app import app
 # Imported for the commands that they register.
 from fitcompress.cli import demo, exports, latencies, look, plans, weights  # noqa: F401  isort: skip
 from fitcompress.cli import bit_sharing, galen, pruning_ternary  # noqa: F401  isort: skip
-from fitcompress.errors import FitcompressError
+from fitcompress.errors import DistributedError, FitcompressError
 
 __all__ = ["main"]
 
@@ -30,6 +31,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FitcompressError as error:
+        if isinstance(error, DistributedError) and os.environ.get("RANK", "0") != "0":
+            sys.exit(FAILED)  # the first process says so
         _fail(type(error).__name__, str(error), FAILED)
     except OSError as error:
         known = error.filename is not None and error.strerror

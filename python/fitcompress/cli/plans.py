@@ -24,6 +24,7 @@ from fitcompress.cli.app import (
     prepare,
 )
 from fitcompress.cli.models import fitting_data, model_folder, trained_model
+from fitcompress.cli.processes import joined
 from fitcompress.latency.table import LatencyTable
 from fitcompress.methods import Greedy, Lagrangian, Optimal, PathSearch, Uniform
 from fitcompress.model.fused_groups import groups_of_names
@@ -151,7 +152,10 @@ def measure(
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
-    """Measure how much the loss rises for every level of every layer."""
+    """Measure how much the loss rises for every level of every layer.
+
+    Started by torchrun, processes share the work out.
+    """
     read = Shards(shards).files if shards is not None else (weights,)
     prepare(json, out, inputs=[path for path in read if path is not None])
     checkpoint = out.with_name(out.name + ".partial")
@@ -170,23 +174,32 @@ def measure(
             if given is not None and given.name == "COMMANDLINE":
                 message = f"--shards are measured without data: leave --{name} out"
                 raise typer.BadParameter(message)
-        table = measure_shards(shards, checkpoint=checkpoint)
     elif model is None or dataset is None or not (weights or model_folder(model)):
         message = "measure needs --model, --weights and --dataset, or else --shards"
         raise typer.BadParameter(message)
-    else:
-        network = trained_model(model, weights)
-        source = fitting_data(model, network, dataset, data)
-        table = measure_sensitivity(
-            network,
-            source.calibration(seed, augment=augment),
-            validation=source.validating(),
-            samples=samples,
-            activation_bits=_numbers(activation_bits),
-            refine=Refinement() if refine else None,
-            seed=seed,
-            checkpoint=checkpoint,
-        )
+    with joined(shareable=shards is None) as ranks:
+        if model is None or dataset is None:
+            assert shards is not None
+            table = measure_shards(shards, checkpoint=checkpoint)
+        else:
+            network = trained_model(model, weights)
+            source = fitting_data(model, network, dataset, data)
+            table = measure_sensitivity(
+                network,
+                source.calibration(seed, augment=augment),
+                validation=source.validating(),
+                samples=samples,
+                activation_bits=_numbers(activation_bits),
+                refine=Refinement() if refine else None,
+                seed=seed,
+                checkpoint=checkpoint,
+            )
+        if ranks.first:
+            _show(table, out, json)
+
+
+def _show(table: Sensitivity, out: Path, json: Path | None) -> None:
+    """Write a sensitivity, and show the traces."""
     table.save(out)
     view = Table(title="Fisher traces")
     view.add_column("layer")

@@ -23,6 +23,7 @@ from fitcompress.errors import (
     UnsupportedLayerError,
 )
 from fitcompress.model.matrix_view import TRANSPOSED, MatrixView
+from fitcompress.model.sharding import local, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -121,8 +122,11 @@ class Layer:
         return self.weight.numel()
 
     def matrix(self) -> torch.Tensor:
-        """The weight, detached, as a float32 matrix [rows, columns]."""
-        return self.matrix_of(self.weight.detach()).float()
+        """The weight, detached, as a float32 matrix [rows, columns].
+
+        Of a sharded model, the whole of it: all processes must call this.
+        """
+        return self.matrix_of(whole(self.weight.detach())).float()
 
     def matrix_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the weight's shape as a matrix [rows, columns]."""
@@ -249,7 +253,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
             continue
-        tensor = _local(tensor)
+        tensor = local(tensor)
         strict = name in parameters or name.endswith(("running_mean", "running_var"))
         good = torch.isfinite(tensor) if strict else ~torch.isnan(tensor)
         bad = tensor.numel() - int(good.sum())
@@ -271,17 +275,9 @@ def fingerprint(model: nn.Module, layers: list[Layer]) -> str:
     digest.update(json.dumps([[layer.name, layer.shape] for layer in layers]).encode())
     for name, tensor in model.state_dict().items():
         if torch.is_tensor(tensor):
-            flat = _local(tensor).detach().cpu().contiguous().reshape(-1)
+            flat = local(tensor).detach().cpu().contiguous().reshape(-1)
             digest.update(name.encode())
             digest.update(
                 flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             )
     return digest.hexdigest()[:16]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor that may be sharded."""
-    if hasattr(tensor, "to_local"):
-        held: torch.Tensor = tensor.to_local()
-        return held
-    return tensor

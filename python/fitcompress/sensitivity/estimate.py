@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fitcompress.data.batches import batch_size, digest, part, take
-from fitcompress.errors import OptionError
-from fitcompress.files import check_writable
-from fitcompress.model import check_finite, fingerprint
+from fitcompress.data.batches import batch_size, part
+from fitcompress.errors import DistributedError, OptionError
+from fitcompress.model import check_finite
 from fitcompress.model.forward import call_model
 from fitcompress.model.modes import evaluating
 from fitcompress.model.positions import counted
+from fitcompress.model.sharding import check_sharding, is_sharded, reshard, unwrapped
 from fitcompress.progress import Bar
-from fitcompress.sensitivity.checkpoint import load_moments, save_moments
+from fitcompress.ranks import Ranks
+from fitcompress.sensitivity.checkpoint import Checkpoint
 from fitcompress.sensitivity.fisher import MEMORY, FisherEstimator
+from fitcompress.sensitivity.keys import check_same, estimate_key
 from fitcompress.sensitivity.labels import logits_of, sampled_label_loss
+from fitcompress.sensitivity.lockstep import Lockstep
+from fitcompress.sensitivity.shares import distributed_sampler, shared_out
+from fitcompress.sensitivity.weights import measured_weights
 from fitcompress.threads import FIXED, threads
 
 if TYPE_CHECKING:
@@ -29,8 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from fitcompress.sensitivity.moments import FisherMoments
+    from fitcompress.sensitivity.shares import Share
 
-__all__ = ["estimate", "estimate_key", "followed", "measure_fisher", "sampled"]
+__all__ = ["estimate", "measure_fisher", "sampled"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +69,9 @@ def measure_fisher(
     forward and backward pass of training for most models, as no weight gradients are
     formed where their norms follow from less; see :mod:`fitcompress.sensitivity.forms`.
 
-    Under ``torch.distributed`` every process takes its own part of the data, and the
-    result is that of all of them together.
+    Under ``torch.distributed`` the processes share the batches out, as for
+    :func:`measure`, and end with the same moments. Those of a model that is sharded by
+    FSDP2 are gathered at the end: a diagonal is then whole in every process.
 
     Args:
         model: The network; unchanged afterwards, and in eval mode meanwhile.
@@ -99,6 +106,7 @@ def measure_fisher(
             serve.
         UnsupportedLayerError: A layer mixes the samples of a batch.
         OptionError: The tolerance is not positive.
+        DistributedError: Another process failed, is gone, or measures something else.
         OutputError: The checkpoint cannot be written.
 
     Example:
@@ -113,110 +121,137 @@ def measure_fisher(
     """
     if tolerance is not None and not tolerance > 0:
         raise OptionError("the tolerance is not positive", got=tolerance)
-    check_finite(model)
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
-    key += f"-{diagonal:d}{activations:d}"
-    moments = load_moments(checkpoint, key) if checkpoint is not None else None
+    ranks = Ranks(group)
+    with ranks.together():
+        model = unwrapped(model)
+        check_sharding(model, ranks)
+        reshard(model)
+        check_finite(model)
+        saved = None if checkpoint is None else Checkpoint(checkpoint, ranks)
+        sampler = distributed_sampler(loader, ranks)
+        batches, key = estimate_key(model, loader, loss_fn, samples, seed)
+    check_same(ranks, key, weights=not is_sharded(model), data=sampler is None)
+    moments = None
+    if saved is not None:
+        saved.key = f"{key}-{diagonal:d}{activations:d}"
+        moments = saved.load()
+    lockstep = Lockstep(ranks, model) if is_sharded(model) else None
     estimator = FisherEstimator(
         model,
         diagonal=diagonal,
         activations=activations,
         memory=memory,
         moments=moments,
+        lockstep=lockstep,
     )
     found = estimate(
         estimator,
-        take(batches, samples),
+        shared_out(batches, sampler, samples, ranks),
         loss_fn,
         samples=samples,
         tolerance=tolerance,
-        checkpoint=checkpoint,
-        key=key,
+        checkpoint=saved,
         seed=seed,
-        group=group,
+        ranks=ranks,
+        lockstep=lockstep,
         progress=progress,
     )
-    if _distributed():
-        found.all_reduce(group)
+    if lockstep is not None:
+        shapes = {each.name: each.rows for each in measured_weights(model)}
+        for name, mine in found.squares.items():
+            found.squares[name] = lockstep.gather(mine, shapes[name])
     estimator.drop_unreached()
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
+    if saved is not None:
+        saved.remove()
     return found
-
-
-def estimate_key(
-    model: nn.Module,
-    loader: Iterable[Any],
-    loss_fn: Any,
-    samples: int | None,
-    seed: int,
-) -> tuple[Iterator[Any], str]:
-    """Return the loader's batches, and what must be equal to continue a checkpoint."""
-    batches, crc = iter(loader), 0
-    # What is in memory costs next to nothing to read; of the rest, the first batch.
-    known: Iterable[Any] = loader
-    if not isinstance(loader, (list, tuple)):
-        known = first = list(itertools.islice(batches, 1))
-        batches = followed(first, batches)
-    for batch in take(known, samples):
-        crc = digest(batch, crc)
-    labels = "sampled" if loss_fn is None else getattr(loss_fn, "__qualname__", "data")
-    weights = fingerprint(model, [])
-    return batches, f"{weights}-{labels}-{seed}-{samples}-{crc:08x}"
-
-
-def followed(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    """Yield what is in ``first``, which then is let go of, and ``rest``."""
-    while first:
-        yield first.pop(0)
-    yield from rest
 
 
 def estimate(
     estimator: FisherEstimator,
-    batches: Iterator[tuple[Any, Any]],
+    shares: Iterator[Share],
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     *,
     samples: int | None,
-    checkpoint: str | os.PathLike[str] | None,
-    key: str,
+    checkpoint: Checkpoint | None,
     seed: int,
     progress: bool,
+    ranks: Ranks,
+    lockstep: Lockstep | None = None,
     tolerance: float | None = None,
-    group: Any = None,
 ) -> FisherMoments:
-    """Run an estimator over batches, in eval mode, saving now and then."""
-    resume = estimator.moments.batches
-    saved = time.monotonic()
-    model = estimator.model
+    """Run an estimator over batches, in eval mode, saving now and then.
+
+    Several processes take a batch each, turn by turn, until none has one left; then
+    all have the moments of all of them. In every turn each says whether it failed. Of a
+    sharded model the loss is not looked at before: in each process it is another
+    batch's, and one that raises would leave the others in the model.
+
+    Args:
+        estimator: Of this process.
+        shares: Its batches.
+        loss_fn: As for ``measure``.
+        samples: How many all of them measure.
+        checkpoint: Where to save; loaded moments are those of its ``turn``.
+        seed: Of sampled labels.
+        progress: Whether to show a bar.
+        ranks: The processes.
+        lockstep: Of a sharded model.
+        tolerance: As for ``measure_fisher``.
+    """
+    model, moments = estimator.model, estimator.moments
+    resume, saved = 0 if checkpoint is None else checkpoint.turn, time.monotonic()
+    mine = None if samples is None else -(-samples // ranks.count)
+    untried = loss_fn is not None and lockstep is None
+
+    def update(share: Share) -> None:
+        nonlocal untried
+        number, x, y = share
+        if untried and loss_fn is not None:
+            _warn_unless_mean(model, x, y, loss_fn)
+        untried = False
+        estimator.update(x, y, loss_fn or sampled(model, x, y, seed, number))
+
     with (
         _evaluating_loudly(model),
         threads(FIXED),
-        Bar("measure: Fisher moments", samples, enabled=progress) as bar,
+        Bar(_title(ranks), mine, enabled=progress and ranks.first) as bar,
     ):
-        for number, (x, y) in enumerate(batches):
-            if number == resume and loss_fn is not None:
-                _warn_unless_mean(model, x, y, loss_fn)
-            if number >= resume:
-                estimator.update(x, y, loss_fn or sampled(model, x, y, seed, number))
-                if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                    save_moments(checkpoint, estimator.moments, key)
-                    saved = time.monotonic()
-            moments = estimator.moments
+        for turn in itertools.count():
+            share: Share | None = None
+            error: Exception | None = None
+            try:
+                share = next(shares, None)
+                if share is not None and turn >= resume and lockstep is None:
+                    update(share)
+            except Exception as caught:
+                if ranks.alone or isinstance(caught, DistributedError):
+                    raise
+                error = caught
+            late = time.monotonic() - saved > SAVE_EVERY and ranks.first
+            more, due = ranks.agree(error, share is not None, late)
+            if not more:
+                break
+            if lockstep is not None and turn >= resume:
+                lockstep.run(estimator, share, update)
+            if checkpoint is not None and due and turn >= resume:
+                checkpoint.save(moments, turn + 1)
+                saved = time.monotonic()
             text = f"loss {moments.mean_loss:.4f}"
             if tolerance is not None:
-                error, _ = _common_error(moments, group, running=True)
-                text += f", standard error {100 * error:.1f} %"
-            bar.advance(batch_size(x), text)
-            if tolerance is not None and error < tolerance:
-                return estimator.moments
-    if tolerance is not None and _distributed():
-        error, running = float("inf"), True
-        while running and not error < tolerance:  # the others may have more data
-            error, running = _common_error(estimator.moments, group, running=False)
-    return estimator.moments
+                error_now = _common_error(moments, ranks)
+                text += f", standard error {100 * error_now:.1f} %"
+            bar.advance(0 if share is None else batch_size(share.x), text)
+            if tolerance is not None and error_now < tolerance:
+                break
+        if not ranks.alone:
+            with ranks.reaching():
+                moments.all_reduce(ranks.group, squares=lockstep is None)
+    return moments
+
+
+def _title(ranks: Ranks) -> str:
+    title = "measure: Fisher moments"
+    return title if ranks.alone else f"{title}, 1 of {ranks.count} processes"
 
 
 def _warn_unless_mean(
@@ -250,12 +285,11 @@ def sampled(
 ) -> Callable[[Any, Any], torch.Tensor]:
     """Return the loss with sampled labels for one batch.
 
-    Seeded by batch, so that a resumed run draws the same labels. Of sequences, padding
-    and what is labelled −100 do not count.
+    Seeded by the number of the batch, so that a resumed run draws the same labels, and
+    every process those that one alone would. Of sequences, padding and what is labelled
+    −100 do not count.
     """
-    rank = torch.distributed.get_rank() if _distributed() else 0
-    own = (seed + 65_537 * rank) * 1_000_003 + number
-    generator = torch.Generator().manual_seed(own)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     mask = counted(model, x, y)
     done = 0
 
@@ -271,29 +305,20 @@ def sampled(
     return loss
 
 
-def _common_error(
-    moments: FisherMoments, group: Any, *, running: bool
-) -> tuple[float, bool]:
-    """Return the largest relative standard error, and whether any process has data.
+def _common_error(moments: FisherMoments, ranks: Ranks) -> float:
+    """Return the largest relative standard error, of all processes together.
 
-    Under ``torch.distributed`` both are those of all processes together: all of them
-    must come to the same decision, or the others would wait.
+    All of them come to the same decision.
     """
     together = type(moments)(
         trace={name: sums.clone() for name, sums in moments.trace.items()},
         unsupported=dict(moments.unsupported),
         samples=moments.samples,
-        batches=int(running),  # summed up like any count
     )
-    if _distributed():
-        together.all_reduce(group)
-    if together.samples < FEWEST:
-        return float("inf"), together.batches > 0
-    return together.largest_relative_error, together.batches > 0
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not ranks.alone:
+        with ranks.reaching():
+            together.all_reduce(ranks.group)
+    return together.largest_relative_error if together.samples >= FEWEST else math.inf
 
 
 def _evaluating_loudly(model: nn.Module) -> Any:

@@ -8,6 +8,7 @@ gradient of autograd's, and no per-sample gradient is ever stored.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,14 @@ import torch
 from torch import nn
 
 from fitcompress.data.batches import batch_size, part, sample_shapes
-from fitcompress.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
+from fitcompress.errors import (
+    CalibrationError,
+    DistributedError,
+    NonFiniteError,
+    UnsupportedLayerError,
+)
 from fitcompress.model.forward import call_model
+from fitcompress.model.sharding import unwrapped
 from fitcompress.sensitivity.capture import capturing
 from fitcompress.sensitivity.moments import FisherMoments
 from fitcompress.sensitivity.probe import Probe, probe
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fitcompress.model import Layer
+    from fitcompress.sensitivity.lockstep import Lockstep
     from fitcompress.sensitivity.weights import Weight
 
 __all__ = ["FisherEstimator"]
@@ -58,6 +66,9 @@ class FisherEstimator:
         memory: Bytes that the activations of a micro-batch may take, about; larger
             batches are cut. At least one sample is taken.
         moments: Sums to continue, from an interrupted estimate.
+        lockstep: Of a sharded model, what its processes agree on. They must call
+            ``update`` together, with batches of equal shapes, and hold some rows of F
+            each in ``moments.squares``.
 
     Example:
         >>> import torch
@@ -81,7 +92,9 @@ class FisherEstimator:
         activations: bool = False,
         memory: int = MEMORY,
         moments: FisherMoments | None = None,
+        lockstep: Lockstep | None = None,
     ) -> None:
+        model = unwrapped(model)
         self.model = getattr(model, "_orig_mod", model)  # of torch.compile
         self.diagonal, self.activations, self.memory = diagonal, activations, memory
         self.moments = moments or FisherMoments()
@@ -89,6 +102,7 @@ class FisherEstimator:
         self._index = WeightIndex(measured_weights(self.model, layers))
         self._probes: dict[tuple[Any, ...], Probe] = {}
         self._broken = False
+        self._lockstep = lockstep
 
     def update(
         self, x: Any, y: Any, loss_fn: Callable[[Any, Any], torch.Tensor]
@@ -118,10 +132,7 @@ class FisherEstimator:
                 fix="start again from the last checkpoint",
             )
         batch = batch_size(x)
-        shapes = sample_shapes(x)  # a model may treat others differently
-        known = self._probes.get(shapes)
-        if known is None or (batch > 1 and known.single):
-            known = self._probes[shapes] = probe(self.model, self._index, x, batch)
+        known = self.look_at(x)
         size = self._micro_batch(batch, known)
         total = 0.0
         for start in range(0, batch, size):
@@ -134,8 +145,28 @@ class FisherEstimator:
                 cut.stop - cut.start,
                 known,
             )
-        self.moments.batches += 1
+        if self._counting:
+            self.moments.batches += 1
         return total / batch
+
+    @property
+    def _counting(self) -> bool:
+        """Whether the samples are this process's own."""
+        return self._lockstep is None or self._lockstep.counted
+
+    def unknown(self, x: Any) -> bool:
+        """Whether the model has not been looked at with inputs of these shapes."""
+        known = self._probes.get(sample_shapes(x))
+        return known is None or (batch_size(x) > 1 and known.single)
+
+    def look_at(self, x: Any) -> Probe:
+        """Return how the model treats inputs of these shapes: others it may not."""
+        shapes = sample_shapes(x)
+        if self.unknown(x):
+            with self._reaching():
+                found = probe(self.model, self._index, x, batch_size(x))
+            self._probes[shapes] = found
+        return self._probes[shapes]
 
     def _micro_batch(self, batch: int, probe: Probe) -> int:
         """Return how many samples are run at once: parts of nearly equal size."""
@@ -184,17 +215,18 @@ class FisherEstimator:
     ) -> float:
         """Add the squares of a micro-batch, and return the sum of its losses."""
         run = Run(
-            self._index, probe, batch, self._squares, activations=self.activations
+            self._index,
+            probe,
+            batch,
+            self._squares,
+            self._squared,
+            activations=self.activations,
         )
         try:
-            with capturing(self.model, run.capture), torch.enable_grad():
-                out = call_model(self.model, run.inputs(x))
-                if not run.irregular and not run.stale:
-                    loss = loss_fn(out, y)
-                    _check_loss(loss)
-            if run.irregular:  # the first batch did not show it, or the loss has layers
+            loss, irregular, stale = self._forward(run, x, y, loss_fn)
+            if irregular:  # the first batch did not show it, or the loss has layers
                 probe.alone = True
-            elif run.stale:
+            elif stale:
                 if probe.copy_inputs:
                     raise UnsupportedLayerError(
                         "the inputs of a layer are changed in place in a way that "
@@ -203,9 +235,13 @@ class FisherEstimator:
                     )
                 probe.copy_inputs = True
             else:
+                assert loss is not None
                 self._broken = True
-                run.backward(loss)
-                self._count(run, float(loss.detach()), batch)
+                with self._together():
+                    with self._reaching():
+                        run.backward(loss)
+                    if self._counting:
+                        self._count(run, float(loss.detach()), batch)
                 self._broken = False
                 return float(loss.detach()) * batch
         finally:
@@ -216,6 +252,44 @@ class FisherEstimator:
         return sum(
             self._update(part(x, i), part(y, i), loss_fn, 1, probe) for i in singles
         )
+
+    def _forward(
+        self,
+        run: Run,
+        x: Any,
+        y: Any,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+    ) -> tuple[torch.Tensor | None, bool, bool]:
+        """Return the loss, and whether the run is irregular or stale in a process."""
+        loss: torch.Tensor | None = None
+        error: Exception | None = None
+        try:
+            with capturing(self.model, run.capture), torch.enable_grad():
+                with self._reaching():
+                    out = call_model(self.model, run.inputs(x))
+                if not run.irregular and not run.stale:
+                    loss = loss_fn(out, y)
+                    _check_loss(loss)
+        except Exception as caught:
+            if self._lockstep is None or isinstance(caught, DistributedError):
+                raise
+            error = caught
+        if self._lockstep is None:
+            return loss, run.irregular, run.stale
+        agreed = self._lockstep.ranks.agree(error, run.irregular, run.stale)
+        return loss, agreed[0], agreed[1]
+
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+        """Run a block in which the processes of a sharded model talk to each other."""
+        if self._lockstep is None:
+            return contextlib.nullcontext()
+        return self._lockstep.ranks.reaching()
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        """Run a block that fails in all processes of a sharded model, or in none."""
+        if self._lockstep is None:
+            return contextlib.nullcontext()
+        return self._lockstep.ranks.together()
 
     def _count(self, run: Run, loss: float, batch: int) -> None:
         """Add what a micro-batch has found to the moments."""
@@ -279,6 +353,8 @@ class FisherEstimator:
         """Return where the squares of a weight are summed, or None if they are not."""
         if not self.diagonal or weight.name in self.moments.unsupported:
             return None
+        if self._lockstep is not None:
+            return torch.zeros((weight.rows, weight.columns), device=device)
         found = self.moments.squares.get(weight.name)
         if found is None or found.device != device:
             shape = (weight.rows, weight.columns)
@@ -286,6 +362,11 @@ class FisherEstimator:
             found = zeros if found is None else found.to(device)
             self.moments.squares[weight.name] = found
         return found
+
+    def _squared(self, weight: Weight, squares: torch.Tensor | None) -> None:
+        """Take the squares of a weight in a micro-batch, which are complete."""
+        if squares is not None and self._lockstep is not None:
+            self._lockstep.keep(self.moments.squares, weight, squares)
 
 
 def _check_loss(loss: Any) -> None:

@@ -57,7 +57,7 @@ def check_inputs(
     def note(name: str) -> Callable[..., None]:
         return lambda *_: called.add(name)
 
-    estimator = FisherEstimator(model, layers, activations=True)
+    estimator = FisherEstimator(model, layers, diagonal=False, activations=True)
     handles = [x.module.register_forward_pre_hook(note(x.name)) for x in layers]
     two = slice(0, min(2, batch_size(x)))
     try:

@@ -5,42 +5,51 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fitcompress.data.batches import part, take
-from fitcompress.files import check_writable
+from fitcompress.errors import OptionError
 from fitcompress.model import Layer, check_finite, compressible_layers
 from fitcompress.model.costs import count_macs, dense_bytes, overhead_bytes
+from fitcompress.model.devices import device_of, to_device
+from fitcompress.model.sharding import check_sharding, is_sharded, reshard, unwrapped
+from fitcompress.model.value_histogram import ValueHistogram
 from fitcompress.progress import Bar
-from fitcompress.sensitivity.checkpoint import load_moments
-from fitcompress.sensitivity.estimate import estimate, estimate_key, followed, sampled
+from fitcompress.ranks import Ranks
+from fitcompress.sensitivity.checkpoint import Checkpoint
+from fitcompress.sensitivity.estimate import estimate, sampled
 from fitcompress.sensitivity.fisher import FisherEstimator
 from fitcompress.sensitivity.input_errors import (
     check_inputs,
     input_distortion,
     input_histograms,
 )
+from fitcompress.sensitivity.keys import check_same, estimate_key, followed
 from fitcompress.sensitivity.levels import (
     SPARSITIES,
     allocated,
     check_allocation,
     check_levels,
     default_grids,
+    grids_from,
 )
+from fitcompress.sensitivity.lockstep import Lockstep
 from fitcompress.sensitivity.mask_rules import Magnitude, check_rule, importance_of
 from fitcompress.sensitivity.memorised import compare_losses
+from fitcompress.sensitivity.shares import distributed_sampler, shared_out
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
 if TYPE_CHECKING:
+    import contextlib
     import os
     from collections.abc import Callable, Iterable, Sequence
 
-    import torch
     from torch import nn
+    from torch.utils.data import DistributedSampler
 
     from fitcompress.refinement import Refinement
     from fitcompress.sensitivity.levels import Allocation
@@ -65,6 +74,7 @@ def measure(
     validation: Iterable[Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    group: Any = None,
     progress: bool = True,
 ) -> Sensitivity:
     """Measure how much the loss rises for every level of every compressible layer.
@@ -72,6 +82,13 @@ def measure(
     D_l(level) = ½ Σ_j F_j (θ_j − θ̂_j)² in nats, F the Fisher diagonal of the layer from
     exact per-sample gradients (Zandonati et al. 2022, arXiv 2210.08502). Costs about
     one forward and backward pass per sample and one pass over the weights per grid.
+
+    Under ``torch.distributed`` the processes share batches and layers out, and all end
+    with the table that one alone would have. Process r of N takes batches r, r + N, …:
+    give all of them the same loader, in the same order. If it has a
+    ``DistributedSampler``, each takes what that yields instead. A model sharded by
+    ``torch.distributed.fsdp.fully_shard`` is measured as it is: every process holds its
+    part of the weights and of F, and one layer at a time as a whole.
 
     Use data that the network has not memorised, augmented or held out: on memorised
     data the Fisher information is nearly gone and the ranking of plans suffers.
@@ -103,8 +120,11 @@ def measure(
             :func:`fitcompress.refine`. Takes minutes.
         validation: Data that the network has not seen, to tell whether it has memorised
             those of ``loader``: the mean losses of both are compared.
-        checkpoint: File to save progress to and resume from; removed at the end.
+        checkpoint: File to save progress to and resume from; removed at the end. Each
+            of several processes has its own, ``<checkpoint>.rank0-of-2``.
         seed: Seeds the sampled labels.
+        group: The ``torch.distributed`` process group, None for the default one, if
+            that is initialised.
         progress: Show a bar with the time left.
 
     Returns:
@@ -126,72 +146,105 @@ def measure(
         OptionError: Grids, sparsities or activation bits are out of order, ``masks``
             is no rule, or there is no such allocation.
         PlanMismatchError: The rule for masks was measured on another model.
+        DistributedError: Another process failed, is gone, or measures something else.
         OutputError: The checkpoint cannot be written.
     """
-    layers = compressible_layers(model)
-    check_finite(model)
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    chosen = tuple(grids) if grids is not None else default_grids(layers)
     bits = (
         (activation_bits,)
         if isinstance(activation_bits, int)
         else tuple(activation_bits)
     )
-    check_levels(chosen, sparsities, bits)
     rule = Magnitude() if masks is None else masks
     shared = "magnitude" if allocation is None else allocation
-    if masks is not None:
-        check_rule(rule, layers)
-    check_allocation(shared)
-    batches, key = estimate_key(model, loader, loss_fn, samples, seed)
-    first = list(itertools.islice(batches, 1))
-    x, y = next(take(first, samples))
-    macs = count_macs(model, part(x, slice(1)))
-    batches = followed(first, batches)
+    ranks = Ranks(group)
+    progress = progress and ranks.first
+    with ranks.together():
+        model = unwrapped(model)
+        check_sharding(model, ranks)
+        reshard(model)
+        sharded = is_sharded(model)
+        if sharded and refine is not None:
+            raise OptionError(
+                "a sharded model cannot be refined",
+                fix="measure it without refine, or the model as a whole",
+            )
+        layers = compressible_layers(model)
+        check_finite(model)
+        saved = None if checkpoint is None else Checkpoint(checkpoint, ranks)
+        check_levels(
+            tuple(grids) if grids is not None else grids_from(()), sparsities, bits
+        )
+        if masks is not None:
+            check_rule(rule, layers)
+        check_allocation(shared)
+        sampler = distributed_sampler(loader, ranks)
+        batches, key = estimate_key(model, loader, loss_fn, samples, seed)
+        first = list(itertools.islice(batches, 1))
+        x, y = next(take(first, samples))
+    check_same(ranks, key, weights=not sharded, data=sampler is None)
+    chosen = tuple(grids) if grids is not None else default_grids(layers)
     names = zlib.crc32(repr([(each.name, each.shape) for each in layers]).encode())
-    key += f"-{names:08x}" + ("-inputs" if bits else "")
-    known = _saved(checkpoint, key)
-    if bits and known is None:
-        two = part(x, slice(2)), part(y, slice(2))
-        check = loss_fn or sampled(model, *two, seed, 0)
-        check_inputs(model, layers, *two, check)
+    known = None
+    if saved is not None:
+        saved.key = f"{key}-{names:08x}" + ("-inputs" if bits else "")
+        known = saved.load()
+    if sharded:  # they can only run the same batch
+        x, y = to_device(
+            ranks.broadcast(to_device((x, y), torch.device("cpu"))), device_of(model)
+        )
+    with _running(ranks, sharded):
+        macs = count_macs(model, part(x, slice(1)))
+        if bits and known is None:
+            two = part(x, slice(2)), part(y, slice(2))
+            check = loss_fn or sampled(model, *two, seed, 0)
+            check_inputs(model, layers, *two, check)
+    macs = ranks.broadcast(macs)
     del x, y
+    batches = followed(first, batches)
     again: Iterable[Any] = loader
     once = isinstance(loader, Iterator)  # cannot be read twice
     if (bits or refine or validation is not None) and once:
         batches, again = itertools.tee(batches)
+    lockstep = Lockstep(ranks, model) if sharded else None
     moments = estimate(
         FisherEstimator(
             model,
             layers,
             activations=bool(bits),
             moments=known,
+            lockstep=lockstep,
         ),
-        take(batches, samples),
+        shared_out(batches, sampler, samples, ranks),
         loss_fn,
         samples=samples,
-        checkpoint=checkpoint,
-        key=key,
+        checkpoint=saved,
         seed=seed,
         progress=progress,
+        ranks=ranks,
+        lockstep=lockstep,
     )
+    reshard(model)
     losses: dict[str, float | str] = {}
     if validation is not None:
         inputs = again
         if (refine or bits) and once:
             inputs, again = itertools.tee(again)
-        losses = compare_losses(
-            model, inputs, validation, loss_fn, samples, progress=progress
-        )
+        with _running(ranks, sharded):
+            losses = compare_losses(
+                model, inputs, validation, loss_fn, samples, progress=progress
+            )
+        reshard(model)
+        losses = ranks.broadcast(losses)
     shares = allocated(layers, sparsities, rule, shared)
-    table = _table(layers, moments, chosen, shares, rule, progress=progress)
+    table = _table(
+        layers, moments, chosen, shares, rule, ranks, lockstep, progress=progress
+    )
     if bits:
         inputs = again
         if refine and once:
             inputs, again = itertools.tee(again)
-        histograms = input_histograms(
-            model, layers, take(inputs, samples), samples=samples, progress=progress
+        histograms = _histograms(
+            model, layers, inputs, samples, sampler, ranks, sharded, progress=progress
         )
         hurt, trace = input_distortion(layers, moments, histograms, bits)
         table["activation_bits"] = (None, *bits)
@@ -220,22 +273,58 @@ def measure(
         **table,
     )
     if refine is not None:
-        state = None if checkpoint is None else f"{checkpoint}.refine"
-        sensitivity = refine.correct(
-            sensitivity,
-            model,
-            again,
-            masks=masks,
-            checkpoint=state,
-            progress=progress,
+        with ranks.together():
+            sensitivity = refine.correct(
+                sensitivity,
+                model,
+                again,
+                masks=masks,
+                checkpoint=None if saved is None else f"{saved.path}.refine",
+                progress=progress,
+            )
+    reshard(model)
+    if saved is not None:
+        saved.remove()
+    same: Sensitivity = ranks.broadcast(sensitivity)  # to the last bit
+    return same
+
+
+def _running(ranks: Ranks, sharded: bool) -> contextlib.AbstractContextManager[None]:
+    """Run a block in which the model runs, and talks to others if it is sharded."""
+    return ranks.reaching() if sharded else ranks.together()
+
+
+def _histograms(
+    model: nn.Module,
+    layers: list[Layer],
+    loader: Iterable[Any],
+    samples: int | None,
+    sampler: DistributedSampler[Any] | None,
+    ranks: Ranks,
+    sharded: bool,
+    *,
+    progress: bool,
+) -> dict[str, ValueHistogram]:
+    """Return the values of the inputs of layers, on all samples.
+
+    Each process counts its own batches; those of a sharded model count all of them, or,
+    with a sampler, as many as each other, what it repeats included.
+    """
+    alike = sharded and sampler is None
+    mine = samples if alike or samples is None else -(-samples // ranks.count)
+    shares = (share[1:] for share in shared_out(loader, sampler, samples, ranks))
+    batches = take(loader, mine) if sharded else shares
+    with _running(ranks, sharded):
+        found = input_histograms(
+            model, layers, batches, samples=mine, progress=progress
         )
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
-    return sensitivity
-
-
-def _saved(checkpoint: str | os.PathLike[str] | None, key: str) -> FisherMoments | None:
-    return None if checkpoint is None else load_moments(checkpoint, key)
+    if alike or ranks.alone:
+        return found
+    merged: dict[str, ValueHistogram] = {}
+    for each in ranks.gather(found):
+        for name, histogram in each.items():
+            merged.setdefault(name, ValueHistogram()).merge(histogram)
+    return merged
 
 
 def _table(
@@ -244,17 +333,41 @@ def _table(
     grids: tuple[Grid, ...],
     shares: list[list[float]],
     rule: MaskRule,
+    ranks: Ranks,
+    lockstep: Lockstep | None,
     *,
     progress: bool,
 ) -> dict[str, Any]:
+    """Tabulate all layers; each of several processes does some, and gets the others."""
     columns = TableColumns(grids)
+    own = isinstance(rule, Magnitude)  # the op computes it as it goes
     with Bar(
         "measure: distortion of every level", len(layers), enabled=progress
     ) as bar:
-        for layer, share in zip(layers, shares, strict=True):
-            fisher = layer.matrix_of(moments.diagonal(layer.name).view(layer.shape))
-            own = isinstance(rule, Magnitude)  # the op computes it as it goes
-            importance = None if own else importance_of(rule, layer)
-            columns.add(layer.matrix(), fisher, share, importance)
+        error: Exception | None = None
+        for number, (layer, share) in enumerate(zip(layers, shares, strict=True)):
             bar.advance()
+            mine = number % ranks.count == ranks.rank and error is None
+            if not mine and lockstep is None:
+                continue
+            fisher = moments.diagonal(layer.name)
+            if lockstep is not None:
+                fisher = lockstep.gather(fisher, layer.shape[0])
+            weight = layer.matrix()
+            importance = None if own else importance_of(rule, layer)
+            if not mine:
+                continue
+            try:
+                fisher = layer.matrix_of(fisher.view(layer.shape))
+                columns.add(weight, fisher, share, importance)
+            except Exception as caught:
+                if ranks.alone:
+                    raise
+                error = caught
+    ranks.agree(error)
+    if not ranks.alone:
+        parts = ranks.gather(columns.rows)
+        columns.take_up(
+            parts[i % ranks.count][i // ranks.count] for i in range(len(layers))
+        )
     return columns.stack()

@@ -147,7 +147,7 @@ class FisherMoments:
         merged.unsupported |= other.unsupported
         return merged
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self, group: Any = None, *, squares: bool = True) -> None:
         """Add up the moments of all processes of a ``torch.distributed`` group.
 
         Each process counts its own samples, which must not overlap. Weights that only
@@ -156,13 +156,15 @@ class FisherMoments:
 
         Args:
             group: The process group; None is the default one.
+            squares: Whether to add up F, too; else each process keeps what it has.
         """
         import torch.distributed as dist
 
+        kinds = [kind for kind in KINDS if squares or kind != "squares"]
         mine = {
             "sizes": {
                 (kind, name): tuple(sums.shape)
-                for kind in KINDS
+                for kind in kinds
                 for name, sums in getattr(self, kind).items()
             },
             "unsupported": self.unsupported,

@@ -13,9 +13,11 @@ from fitcompress.data.batches import take
 from fitcompress.errors import OptionError, PlanMismatchError
 from fitcompress.model import compressible_layers
 from fitcompress.model.modes import evaluating
+from fitcompress.ranks import Ranks
 from fitcompress.search.path_metric import Steps
 from fitcompress.sensitivity.estimate import estimate
 from fitcompress.sensitivity.fisher import MEMORY, FisherEstimator
+from fitcompress.sensitivity.shares import numbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -128,13 +130,13 @@ class MovingMetric:
         with evaluating(self._model), self._weights(grids, sparsity):
             moments = estimate(
                 estimator,
-                iter(self._batches),
+                numbered(self._batches),
                 self._loss_fn,
                 samples=None,
                 checkpoint=None,
-                key="",
                 seed=self._seed,
                 progress=False,
+                ranks=Ranks.single(),
             )
         rows = [
             self._row(i, moments.diagonal(layer.name).view(layer.shape), grid, sparsity)

@@ -59,6 +59,7 @@ class Run:
         probe: What is known of the model.
         batch: B.
         squares: (weight, device) → where Σ_i G_i ∘ G_i is summed, or None.
+        squared: Called with a weight and that when they are complete.
         activations: Whether to square the gradients of inputs, too.
 
     Attributes:
@@ -77,6 +78,7 @@ class Run:
         probe: Probe,
         batch: int,
         squares: Callable[[Weight, torch.device], torch.Tensor | None],
+        squared: Callable[[Weight, torch.Tensor | None], None],
         *,
         activations: bool = False,
     ) -> None:
@@ -85,7 +87,8 @@ class Run:
         self.forms: dict[Weight, str] = {}
         self.activations: dict[Weight, torch.Tensor] = {}
         self._irregular = False
-        self._probe, self._batch, self._squares = probe, batch, squares
+        self._probe, self._batch = probe, batch
+        self._squares, self._squared = squares, squared
         self._watching, self._backward = activations, False
         self._uses: dict[Weight, list[_Use]] = {}
         self._waiting: dict[Weight, Pairs] = {}
@@ -222,6 +225,7 @@ class Run:
                 for use, grad in members
             ]
             self.forms[weight] = _accumulate(terms, rows, target, norms)
+        self._squared(weight, squares)
         self.norms[weight] = norms
         for use, _ in pairs:
             use.call.input = None

@@ -7,7 +7,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import safetensors
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ShardTensor", "Shards"]
+__all__ = ["ShardTensor", "Shards", "WeightSource"]
 
 INDEX = "model.safetensors.index.json"
 OURS = {
@@ -57,6 +57,30 @@ class ShardTensor:
     def bytes(self) -> int:
         """Number of its bytes, if it can be read."""
         return self.size * (4 if self.dtype == "F32" else 2)
+
+
+class WeightSource(Protocol):
+    """Where weights come from, one at a time: files, or what makes them up.
+
+    Attributes:
+        tensors: Name → what is known of it; its ``path`` and ``start`` are for messages
+            only, unless it is read from there.
+        files: The files that are read, which nothing may be written to.
+    """
+
+    tensors: dict[str, ShardTensor]
+    files: tuple[Path, ...]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, of float32, bfloat16 or float16; the same every time.
+
+        It may be in the memory of the one before, which is let go of.
+        """
+        ...
+
+    def reserve(self, size: int) -> None:
+        """Make room for tensors of up to ``size`` bytes."""
+        ...
 
 
 class Shards:

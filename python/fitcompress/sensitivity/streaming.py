@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zlib
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -32,12 +33,11 @@ from fitcompress.sensitivity.levels import (
     sum_of_squares,
 )
 from fitcompress.sensitivity.shard_fisher import SUFFIX, ShardFisher, layer_name
-from fitcompress.sensitivity.shards import Shards, ShardTensor
+from fitcompress.sensitivity.shards import Shards, ShardTensor, WeightSource
 from fitcompress.sensitivity.table import Grid, Sensitivity
 from fitcompress.sensitivity.tables import TableColumns
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
     import torch
@@ -52,7 +52,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 
 def measure_shards(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | WeightSource,
     *,
     fisher: Mapping[str, float] | FisherMoments | str | os.PathLike[str] | None = None,
     grids: Sequence[Grid] | None = None,
@@ -72,7 +72,9 @@ def measure_shards(
     2 bytes a number, is overhead.
 
     Args:
-        path: A ``.safetensors`` file, a folder with some, or an ``.index.json``.
+        path: A ``.safetensors`` file, a folder with some, or an ``.index.json``; or
+            anything else that yields weights by name, a
+            :class:`fitcompress.sensitivity.shards.WeightSource`.
         fisher: Layer → trace T ≥ 0 in nats²; moments, with diagonals or of traces
             only; or shards with the diagonals under the names of the weights. None:
             F = 1, so distortion is half the squared error, and is no loss in nats.
@@ -101,7 +103,8 @@ def measure_shards(
     """
     if checkpoint is not None:
         check_writable(checkpoint)
-    shards = Shards(path)
+    shards: WeightSource
+    shards = Shards(path) if isinstance(path, (str, os.PathLike)) else path
     if checkpoint is not None:
         check_no_input(checkpoint, shards.files)
     layers = _choose(shards, include, exclude, smallest)
@@ -175,7 +178,7 @@ def measure_shards(
 
 
 def _choose(
-    shards: Shards,
+    shards: WeightSource,
     include: str | Sequence[str],
     exclude: str | Sequence[str],
     smallest: int,

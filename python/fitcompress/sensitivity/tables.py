@@ -9,7 +9,7 @@ import numpy as np
 from fitcompress import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -69,6 +69,15 @@ class TableColumns:
                 "sparsity": np.array(shares),
             }
         )
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What was tabulated, one entry a layer."""
+        return self._rows
+
+    def take_up(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take ``rows`` that were tabulated elsewhere instead of what there is."""
+        self._rows = list(rows)
 
     def stack(self) -> dict[str, Any]:
         """Return the columns, the layers along their first dimension."""

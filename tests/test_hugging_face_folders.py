@@ -25,6 +25,7 @@ from hugging_face_nets import (
     save_sentences,
     save_tokens,
 )
+from packed_models import rounded
 
 
 class Result(NamedTuple):
@@ -111,6 +112,11 @@ def test_what_a_folder_cannot_hold(tmp_path) -> None:
     plain = fc.remove(small, activations=True)
     with pytest.raises(fc.errors.OutputError, match="file"):
         save_pretrained(plain, tmp_path / "file" / "out")
+    with pytest.raises(fc.errors.OutputError, match="a file of that name"):
+        save_pretrained(plain, tmp_path / "file")
+    dense = save_folder(tmp_path / "dense", bert())
+    with pytest.raises(fc.errors.OptionError, match="overwrite"):
+        save_pretrained(plain, tmp_path / "dense" / "../dense", tokenizer=dense)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
@@ -222,6 +228,33 @@ def test_sentences_on_the_command_line(run, tmp_path) -> None:
     weights = ("--weights", "plain/model.safetensors")
     done(run("evaluate", *model, *data, *weights, "--json", "w.json"))
     assert json.loads(Path("w.json").read_text())["loss"] == found["loss"]
+
+
+def test_unpacking_to_a_folder_destroys_nothing(run, tmp_path) -> None:
+    net = bert()
+    net.save_pretrained(tmp_path / "net")  # no tokenizer
+    weights = tmp_path / "net" / "model.safetensors"
+    before = weights.read_bytes()
+    fc.save(rounded(net, fc.Grid(bits=4)), "small")
+    Path("other").write_text("kept")
+    arguments = ("unpack", "small", "--model", "hf:net")
+    for out, code, told in (
+        (("--out", "net"), 1, "overwrite"),
+        (("--out", "other"), 1, "a file of that name"),
+        (("--out", "small"), 1, "a file of that name"),
+        ((), 2, "--out"),
+    ):
+        result = run(*arguments, *out)
+        assert result.code == code, out
+        assert told in result.err and "wrote" not in result.out, out
+    assert weights.read_bytes() == before
+    assert Path("other").read_text() == "kept"
+    assert not Path("dense.safetensors").exists()
+    done(run(*arguments, "--out", "plain"))
+    assert {path.name for path in Path("plain").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_tokens_on_the_command_line(run, tmp_path) -> None:

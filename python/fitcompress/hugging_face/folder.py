@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fitcompress.errors import DataError, FormatError, OptionError, OutputError
+from fitcompress.files import check_no_input
 from fitcompress.hugging_face.packages import import_transformers
 from fitcompress.quantize import activations, remove
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["build_model", "load_model", "load_tokenizer", "save_pretrained"]
 
 CONFIG = "config.json"
+
+# Names of which a folder with a tokenizer has at least one.
+TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 # What transformers raises for files that are missing, damaged or of something else.
 UNREADABLE = (
@@ -114,14 +118,22 @@ def save_pretrained(
     Args:
         small: What ``apply``, ``compress`` or ``load`` returned; unchanged.
         folder: Where to; made if it does not exist.
-        tokenizer: Folder whose tokenizer is copied too.
+        tokenizer: Folder whose tokenizer, if there is one, is copied too.
 
     Raises:
         OptionError: It is no model of Hugging Face, or it quantizes inputs of layers,
-            which such a folder cannot say.
-        OutputError: The folder cannot be written.
+            which such a folder cannot say; or ``folder`` is that of ``tokenizer``.
+        OutputError: The folder cannot be written, or is a file.
     """
     import_transformers()
+    check_no_input(folder, [] if tokenizer is None else [tokenizer])
+    if Path(folder).is_file():
+        raise OutputError(
+            f"cannot write {folder}",
+            got="a file of that name",
+            wanted="a folder, new or there already",
+            fix="choose another name",
+        )
     if not hasattr(small, "save_pretrained"):
         raise OptionError(
             "this is no model of Hugging Face",
@@ -137,7 +149,9 @@ def save_pretrained(
             fix="use fitcompress.save, or remove(model, activations=True) first",
         )
     plain: Any = remove(copy.deepcopy(small))
-    held = None if tokenizer is None else load_tokenizer(tokenizer)
+    held = None
+    if tokenizer is not None and _has_tokenizer(tokenizer):
+        held = load_tokenizer(tokenizer)
     try:
         plain.save_pretrained(str(folder))
         if held is not None:
@@ -149,6 +163,10 @@ def save_pretrained(
             wanted="a folder that can be written to and has room",
             fix="choose another place",
         ) from error
+
+
+def _has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    return any(True for name in TOKENIZERS for _ in Path(folder).glob(name))
 
 
 def _config(folder: str | os.PathLike[str]) -> Any:

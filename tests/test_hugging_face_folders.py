@@ -14,7 +14,12 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress.cli import main
-from fitcompress.hugging_face import build_model, load_model, save_pretrained
+from fitcompress.hugging_face import (
+    build_model,
+    load_model,
+    load_tokenizer,
+    save_pretrained,
+)
 from fitcompress.quantize import ActivationQuantizer, attach_activation
 from hugging_face_nets import (
     batches,
@@ -164,6 +169,8 @@ def test_code_in_a_folder_is_not_run(tmp_path) -> None:
             {"model_type": "mine"},
             {"architectures": ["Mine"]},
             {"model_type": None},
+            {"architectures": ["pipeline"]},  # in transformers, but no model
+            {"architectures": ["Trainer"]},
         )
     ):
         folder = save_folder(tmp_path / f"{number}", bert())
@@ -174,6 +181,28 @@ def test_code_in_a_folder_is_not_run(tmp_path) -> None:
             with pytest.raises(fc.errors.DataError, match="needs code"):
                 load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")  # if it should ask
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = save_folder(tmp_path / "net", bert())
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    rewrite(folder, model_type="mine", auto_map={"AutoConfig": "mine.C"})
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "mine.T"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(fc.errors.DataError, match="needs code"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path) -> None:
+    folder = save_folder(tmp_path / "net", bert())
+    (folder / "model.safetensors").unlink()
+    torch.save(bert().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(fc.errors.FormatError, match="cannot be read"):
+        load_model(folder)
 
 
 def test_without_transformers(tmp_path, monkeypatch) -> None:

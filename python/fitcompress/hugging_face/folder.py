@@ -66,7 +66,7 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
     """Return the model in a folder, with its weights and in their type, in eval mode.
 
     Args:
-        folder: As ``save_pretrained`` writes it.
+        folder: As ``save_pretrained`` writes it, the weights in safetensors.
 
     Raises:
         DataError: There is no such folder, or its model needs code of its own.
@@ -76,7 +76,12 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
     kind = _class_of(_config(folder), folder)
     with _reading(folder):
         model, found = kind.from_pretrained(
-            str(folder), local_files_only=True, dtype="auto", output_loading_info=True
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # no pickles
+            dtype="auto",
+            output_loading_info=True,
         )
     if missing := sorted(found["missing_keys"]):
         raise FormatError(
@@ -93,13 +98,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """Return the tokenizer in a folder.
 
     Raises:
+        DataError: It needs code of its own.
         FormatError: There is none, or it is damaged.
         MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
     with _reading(folder, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
+            str(folder), local_files_only=True, trust_remote_code=False
         )
 
 
@@ -193,15 +199,16 @@ def _config(folder: str | os.PathLike[str]) -> Any:
 def _class_of(config: Any, folder: str | os.PathLike[str]) -> Any:
     transformers = import_transformers()
     names = getattr(config, "architectures", None) or []
-    if not names:
+    if not isinstance(names, list) or not names:
         raise FormatError(
             f"{Path(folder, CONFIG)} does not say what model it is",
-            got="no architectures",
+            got=f"architectures {str(names)[:50]}" if names else "no architectures",
             wanted='"architectures": ["LlamaForCausalLM"], say',
             fix="save the model again with save_pretrained",
         )
-    kind = getattr(transformers, str(names[0]), None)
-    if kind is None:
+    with _reading(folder):
+        kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise _own_code(folder, f"architecture {names[0]!r}")
     return kind
 
@@ -220,6 +227,8 @@ def _reading(folder: str | os.PathLike[str], what: str = "model") -> Iterator[No
     try:
         yield
     except UNREADABLE as error:
+        if "trust_remote_code" in str(error):  # transformers' advice to run it
+            raise _own_code(folder, f"a {what} with code of its own") from error
         raise FormatError(
             f"the {what} in {folder} cannot be read",
             got=" ".join(str(error).split())[:200] or type(error).__name__,

@@ -162,6 +162,29 @@ def test_damaged_and_foreign_folders(tmp_path) -> None:
         load_model(headless)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "wide"},
+        {"hidden_size": [16]},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": {}},
+        {"vocab_size": -3},
+        {"architectures": 3},
+        {"architectures": "BertModel"},
+        {"dtype": "int7"},
+        {"hidden_act": "none"},
+    ],
+    ids=str,
+)
+def test_fields_of_a_wrong_type(tmp_path, wrong) -> None:
+    folder = save_folder(tmp_path / "net", bert())
+    rewrite(folder, **wrong)
+    for load in (build_model, load_model):
+        with pytest.raises(fc.errors.FormatError, match="net"):
+            load(folder)
+
+
 def test_code_in_a_folder_is_not_run(tmp_path) -> None:
     evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for number, changes in enumerate(

@@ -28,18 +28,6 @@ CONFIG = "config.json"
 # Names of which a folder with a tokenizer has at least one.
 TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
-# What transformers raises for files that are missing, damaged or of something else.
-UNREADABLE = (
-    SafetensorError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 def build_model(folder: str | os.PathLike[str]) -> nn.Module:
     """Return the model that a folder describes, with fresh weights, in eval mode.
@@ -224,9 +212,13 @@ def _own_code(folder: str | os.PathLike[str], got: str) -> DataError:
 
 @contextlib.contextmanager
 def _reading(folder: str | os.PathLike[str], what: str = "model") -> Iterator[None]:
+    """Say that what transformers parses is damaged, whatever it raises then.
+
+    Errors of its checks of configurations, say, derive from ``Exception`` alone.
+    """
     try:
         yield
-    except UNREADABLE as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):  # transformers' advice to run it
             raise _own_code(folder, f"a {what} with code of its own") from error
         raise FormatError(

@@ -344,6 +344,22 @@ def test_layers_that_are_not_fused(run, tmp_path) -> None:
     assert wrong.code == 1 and "groups" in wrong.err
 
 
+def test_sentences_that_do_not_fit_as_they_are(run, tmp_path) -> None:
+    save_folder(tmp_path / "net", bert())  # has positions for 10 tokens
+    save_sentences(tmp_path / "data")
+    for name in ("train.tsv", "dev.tsv"):
+        with (tmp_path / "data" / name).open("a") as file:
+            file.write(f"{'very ' * 40} good\t1\n")
+    model = ("--model", "hf:net", "--dataset", "tsv", "--data", "data")
+    done(run("evaluate", *model))
+    path = tmp_path / "net" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    result = run("evaluate", *model)
+    assert result.code == 1 and "no pad_token" in result.err
+
+
 def test_what_is_said_on_the_command_line(run, tmp_path) -> None:
     save_folder(tmp_path / "net", bert())
     save_sentences(tmp_path / "data")

@@ -12,7 +12,7 @@ from torch import nn
 
 from fitcompress.data import DATASETS, Dataset, load_dataset
 from fitcompress.data.batches import tensors
-from fitcompress.data.text import TextDataset, load_sentences, load_tokens
+from fitcompress.data.text import LONGEST, TextDataset, load_sentences, load_tokens
 from fitcompress.errors import DataError, FormatError, OptionError, PlanMismatchError
 from fitcompress.hugging_face import folder as hugging_face
 from fitcompress.methods import prune_channels
@@ -198,11 +198,18 @@ def fitting_data(
                 got=f"--model {name}",
                 wanted="--model hf:DIR",
             )
-        source = load_sentences(data, hugging_face.load_tokenizer(folder))
+        tokenizer = hugging_face.load_tokenizer(folder)
+        source = load_sentences(data, tokenizer, longest=_longest(model))
     else:
         source = load_dataset(dataset, data)
     check_data(model, source)
     return source
+
+
+def _longest(model: nn.Module) -> int:
+    """Return how many tokens of a sentence are used: no more than it has positions."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(LONGEST, positions) if isinstance(positions, int) else LONGEST
 
 
 def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:
@@ -211,12 +218,13 @@ def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:
     Raises:
         DataError: It does not.
     """
-    x = source.example()
+    shapes = "no batch"
     try:
+        x = source.example()
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(x))
         with evaluating(model), torch.no_grad():
             call_model(model, x)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(x))
         raise DataError(
             f"the model does not run on the inputs of {source.name}",
             got=f"{shapes}: {' '.join(str(error).split())[:200]}",

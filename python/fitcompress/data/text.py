@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["TextBatches", "TextDataset", "load_sentences", "load_tokens"]
+__all__ = [
+    "LONGEST",
+    "TextBatches",
+    "TextDataset",
+    "load_sentences",
+    "load_tokens",
+]
 
 VALIDATION = 1000  # sentences held out from training, or a tenth if there are few
 CHUNK = 16  # batches whose sentences are sorted by length before they are cut
 FEWEST = 8
+LONGEST = 64
 TRAIN, DEV = "train.tsv", "dev.tsv"
 
 
@@ -141,7 +148,7 @@ def load_sentences(
     folder: str | os.PathLike[str] | None,
     tokenizer: Callable[..., Any],
     *,
-    longest: int = 64,
+    longest: int = LONGEST,
 ) -> TextDataset:
     """Return labelled sentences in the layout of GLUE.
 
@@ -152,11 +159,21 @@ def load_sentences(
     Args:
         folder: Where the two files lie, or the folder around a folder ``sst2``.
         tokenizer: Of the model, as transformers has them.
-        longest: Tokens of a sentence; further ones are cut off.
+        longest: Tokens of a sentence, at most the ``model_max_length`` of the
+            tokenizer; further ones are cut off.
 
     Raises:
-        DataError: A file is missing or has another layout.
+        DataError: A file is missing or has another layout, or the tokenizer has no
+            token to pad with.
     """
+    if getattr(tokenizer, "pad_token", "") is None:
+        raise DataError(
+            "the tokenizer cannot pad sentences to one length",
+            got="no pad_token",
+            wanted="a token that stands for nothing",
+            fix="set its pad_token, as the model was trained, and save it again",
+        )
+    longest = min(longest, getattr(tokenizer, "model_max_length", longest))
     if folder is None:
         raise DataError(
             "sentences need a folder",

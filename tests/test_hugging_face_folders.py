@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -325,6 +326,19 @@ def test_tokens_on_the_command_line(run, tmp_path) -> None:
     assert math.isclose(found["perplexity"], math.exp(found["loss"]))
     assert f"{found['loss']:.4f} nats per token, perplexity" in result.out
     assert math.isfinite(found["divergence"])
+
+
+def test_tokens_that_the_model_does_not_have(run, tmp_path) -> None:
+    save_folder(tmp_path / "net", llama())
+    for wrong in (-1, llama().config.vocab_size):
+        tokens = np.load(save_tokens(tmp_path / "t.npy")).astype(np.int64)
+        tokens[3, 4] = wrong
+        np.save("t.npy", tokens)
+        result = run(
+            *("evaluate", "--model", "hf:net", "--dataset", "tokens", "--data", "t.npy")
+        )
+        assert result.code == 1 and f"{wrong}" in result.err
+        assert "does not have" in result.err
 
 
 def test_layers_that_are_not_fused(run, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Models and checkpoints by name."""
 
+import contextlib
 import importlib
 import pickle
 import sys
@@ -190,7 +191,7 @@ def fitting_data(
         raise DataError("unknown data set", got=dataset, wanted=", ".join(known))
     source: Dataset | TextDataset
     if dataset == TOKENS:
-        source = load_tokens(data)
+        source = load_tokens(data, vocabulary=_vocabulary(model))
     elif dataset == SENTENCES:
         if (folder := model_folder(name)) is None:
             raise DataError(
@@ -210,6 +211,14 @@ def _longest(model: nn.Module) -> int:
     """Return how many tokens of a sentence are used: no more than it has positions."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(LONGEST, positions) if isinstance(positions, int) else LONGEST
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many tokens a model of Hugging Face embeds, None if it is not one."""
+    embedding = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:

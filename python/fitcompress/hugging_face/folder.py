@@ -144,7 +144,7 @@ def save_pretrained(
         )
     plain: Any = remove(copy.deepcopy(small))
     held = None
-    if tokenizer is not None and _has_tokenizer(tokenizer):
+    if tokenizer is not None and not _lacks_tokenizer(tokenizer):
         held = load_tokenizer(tokenizer)
     try:
         plain.save_pretrained(str(folder))
@@ -159,8 +159,10 @@ def save_pretrained(
         ) from error
 
 
-def _has_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    return any(True for name in TOKENIZERS for _ in Path(folder).glob(name))
+def _lacks_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Say whether it is a folder without one; what is no folder is told when read."""
+    found = any(True for name in TOKENIZERS for _ in Path(folder).glob(name))
+    return Path(folder).is_dir() and not found
 
 
 def _config(folder: str | os.PathLike[str]) -> Any:

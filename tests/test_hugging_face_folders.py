@@ -8,13 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fitcompress as fc
 from fitcompress.cli import main
-from fitcompress.hugging_face import build_model, load_model, save_pretrained
+from fitcompress.hugging_face import (
+    build_model,
+    load_model,
+    load_tokenizer,
+    save_pretrained,
+)
 from fitcompress.quantize import ActivationQuantizer, attach_activation
 from hugging_face_nets import (
     batches,
@@ -25,6 +31,7 @@ from hugging_face_nets import (
     save_sentences,
     save_tokens,
 )
+from packed_models import rounded
 
 
 class Result(NamedTuple):
@@ -111,6 +118,11 @@ def test_what_a_folder_cannot_hold(tmp_path) -> None:
     plain = fc.remove(small, activations=True)
     with pytest.raises(fc.errors.OutputError, match="file"):
         save_pretrained(plain, tmp_path / "file" / "out")
+    with pytest.raises(fc.errors.OutputError, match="a file of that name"):
+        save_pretrained(plain, tmp_path / "file")
+    dense = save_folder(tmp_path / "dense", bert())
+    with pytest.raises(fc.errors.OptionError, match="overwrite"):
+        save_pretrained(plain, tmp_path / "dense" / "../dense", tokenizer=dense)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
@@ -151,6 +163,29 @@ def test_damaged_and_foreign_folders(tmp_path) -> None:
         load_model(headless)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "wide"},
+        {"hidden_size": [16]},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": {}},
+        {"vocab_size": -3},
+        {"architectures": 3},
+        {"architectures": "BertModel"},
+        {"dtype": "int7"},
+        {"hidden_act": "none"},
+    ],
+    ids=str,
+)
+def test_fields_of_a_wrong_type(tmp_path, wrong) -> None:
+    folder = save_folder(tmp_path / "net", bert())
+    rewrite(folder, **wrong)
+    for load in (build_model, load_model):
+        with pytest.raises(fc.errors.FormatError, match="net"):
+            load(folder)
+
+
 def test_code_in_a_folder_is_not_run(tmp_path) -> None:
     evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for number, changes in enumerate(
@@ -158,6 +193,8 @@ def test_code_in_a_folder_is_not_run(tmp_path) -> None:
             {"model_type": "mine"},
             {"architectures": ["Mine"]},
             {"model_type": None},
+            {"architectures": ["pipeline"]},  # in transformers, but no model
+            {"architectures": ["Trainer"]},
         )
     ):
         folder = save_folder(tmp_path / f"{number}", bert())
@@ -168,6 +205,28 @@ def test_code_in_a_folder_is_not_run(tmp_path) -> None:
             with pytest.raises(fc.errors.DataError, match="needs code"):
                 load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")  # if it should ask
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = save_folder(tmp_path / "net", bert())
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    rewrite(folder, model_type="mine", auto_map={"AutoConfig": "mine.C"})
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "mine.T"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(fc.errors.DataError, match="needs code"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path) -> None:
+    folder = save_folder(tmp_path / "net", bert())
+    (folder / "model.safetensors").unlink()
+    torch.save(bert().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(fc.errors.FormatError, match="cannot be read"):
+        load_model(folder)
 
 
 def test_without_transformers(tmp_path, monkeypatch) -> None:
@@ -224,6 +283,33 @@ def test_sentences_on_the_command_line(run, tmp_path) -> None:
     assert json.loads(Path("w.json").read_text())["loss"] == found["loss"]
 
 
+def test_unpacking_to_a_folder_destroys_nothing(run, tmp_path) -> None:
+    net = bert()
+    net.save_pretrained(tmp_path / "net")  # no tokenizer
+    weights = tmp_path / "net" / "model.safetensors"
+    before = weights.read_bytes()
+    fc.save(rounded(net, fc.Grid(bits=4)), "small")
+    Path("other").write_text("kept")
+    arguments = ("unpack", "small", "--model", "hf:net")
+    for out, code, told in (
+        (("--out", "net"), 1, "overwrite"),
+        (("--out", "other"), 1, "a file of that name"),
+        (("--out", "small"), 1, "a file of that name"),
+        ((), 2, "--out"),
+    ):
+        result = run(*arguments, *out)
+        assert result.code == code, out
+        assert told in result.err and "wrote" not in result.out, out
+    assert weights.read_bytes() == before
+    assert Path("other").read_text() == "kept"
+    assert not Path("dense.safetensors").exists()
+    done(run(*arguments, "--out", "plain"))
+    assert {path.name for path in Path("plain").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
 def test_tokens_on_the_command_line(run, tmp_path) -> None:
     save_folder(tmp_path / "net", llama())
     save_tokens(tmp_path / "t.npy")
@@ -242,6 +328,19 @@ def test_tokens_on_the_command_line(run, tmp_path) -> None:
     assert math.isfinite(found["divergence"])
 
 
+def test_tokens_that_the_model_does_not_have(run, tmp_path) -> None:
+    save_folder(tmp_path / "net", llama())
+    for wrong in (-1, llama().config.vocab_size):
+        tokens = np.load(save_tokens(tmp_path / "t.npy")).astype(np.int64)
+        tokens[3, 4] = wrong
+        np.save("t.npy", tokens)
+        result = run(
+            *("evaluate", "--model", "hf:net", "--dataset", "tokens", "--data", "t.npy")
+        )
+        assert result.code == 1 and f"{wrong}" in result.err
+        assert "does not have" in result.err
+
+
 def test_layers_that_are_not_fused(run, tmp_path) -> None:
     net = llama()
     table = fc.measure(net, batches("tokens"), fc.label_loss(net), progress=False)
@@ -257,6 +356,22 @@ def test_layers_that_are_not_fused(run, tmp_path) -> None:
     done(run("search", "s", "--size", "30%", "--method", "path"))
     wrong = run("search", "s", "--size", "30%", "--method", "path", "--fused")
     assert wrong.code == 1 and "groups" in wrong.err
+
+
+def test_sentences_that_do_not_fit_as_they_are(run, tmp_path) -> None:
+    save_folder(tmp_path / "net", bert())  # has positions for 10 tokens
+    save_sentences(tmp_path / "data")
+    for name in ("train.tsv", "dev.tsv"):
+        with (tmp_path / "data" / name).open("a") as file:
+            file.write(f"{'very ' * 40} good\t1\n")
+    model = ("--model", "hf:net", "--dataset", "tsv", "--data", "data")
+    done(run("evaluate", *model))
+    path = tmp_path / "net" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    result = run("evaluate", *model)
+    assert result.code == 1 and "no pad_token" in result.err
 
 
 def test_what_is_said_on_the_command_line(run, tmp_path) -> None:

@@ -105,6 +105,16 @@ def test_files_that_are_missing_or_hold_no_tokens(tmp_path) -> None:
     (tmp_path / "t.npy").write_bytes(b"no array")
     with pytest.raises(fc.errors.DataError, match="cannot be read"):
         load_tokens(tmp_path / "t.npy")
+    (tmp_path / "t.npy").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(fc.errors.DataError, match="cannot be read"):
+        load_tokens(tmp_path / "t.npy")
+    for wrong in (np.full((9, 9), -1), np.full((9, 9), 2**63, np.uint64)):
+        np.save(tmp_path / "t.npy", wrong)
+        with pytest.raises(fc.errors.DataError, match="does not have"):
+            load_tokens(tmp_path / "t.npy")
+    np.savez(tmp_path / "t.npz", np.zeros((9, 9), int))
+    with pytest.raises(fc.errors.DataError, match="an archive"):
+        load_tokens(tmp_path / "t.npz")
     for wrong in (np.zeros((9, 9)), np.zeros(9, int), np.zeros((2, 9), int)):
         np.save(tmp_path / "t.npy", wrong)
         with pytest.raises(fc.errors.DataError, match="no sequences"):

@@ -1,5 +1,6 @@
 """Models and checkpoints by name."""
 
+import contextlib
 import importlib
 import pickle
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 
 from fitcompress.data import DATASETS, Dataset, load_dataset
 from fitcompress.data.batches import tensors
-from fitcompress.data.text import TextDataset, load_sentences, load_tokens
+from fitcompress.data.text import LONGEST, TextDataset, load_sentences, load_tokens
 from fitcompress.errors import DataError, FormatError, OptionError, PlanMismatchError
 from fitcompress.hugging_face import folder as hugging_face
 from fitcompress.methods import prune_channels
@@ -190,7 +191,7 @@ def fitting_data(
         raise DataError("unknown data set", got=dataset, wanted=", ".join(known))
     source: Dataset | TextDataset
     if dataset == TOKENS:
-        source = load_tokens(data)
+        source = load_tokens(data, vocabulary=_vocabulary(model))
     elif dataset == SENTENCES:
         if (folder := model_folder(name)) is None:
             raise DataError(
@@ -198,11 +199,26 @@ def fitting_data(
                 got=f"--model {name}",
                 wanted="--model hf:DIR",
             )
-        source = load_sentences(data, hugging_face.load_tokenizer(folder))
+        tokenizer = hugging_face.load_tokenizer(folder)
+        source = load_sentences(data, tokenizer, longest=_longest(model))
     else:
         source = load_dataset(dataset, data)
     check_data(model, source)
     return source
+
+
+def _longest(model: nn.Module) -> int:
+    """Return how many tokens of a sentence are used: no more than it has positions."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(LONGEST, positions) if isinstance(positions, int) else LONGEST
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many tokens a model of Hugging Face embeds, None if it is not one."""
+    embedding = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:
@@ -211,12 +227,13 @@ def check_data(model: nn.Module, source: Dataset | TextDataset) -> None:
     Raises:
         DataError: It does not.
     """
-    x = source.example()
+    shapes = "no batch"
     try:
+        x = source.example()
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(x))
         with evaluating(model), torch.no_grad():
             call_model(model, x)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(x))
         raise DataError(
             f"the model does not run on the inputs of {source.name}",
             got=f"{shapes}: {' '.join(str(error).split())[:200]}",

@@ -37,7 +37,7 @@ from fitcompress.compensate import apply as apply_plan
 from fitcompress.compensate.options import Compensation
 from fitcompress.compression import compress as compress_model
 from fitcompress.data import Dataset
-from fitcompress.files import write_atomically
+from fitcompress.files import check_no_input, write_atomically
 from fitcompress.hugging_face import save_pretrained
 from fitcompress.model.costs import dense_bytes
 from fitcompress.model.fused_groups import fused_groups
@@ -76,7 +76,7 @@ CodingOption = Annotated[
     ),
 ]
 NORMS = NormMode(TUNE["norms"])
-SMALL = Path("small.safetensors")
+SMALL, DENSE = Path("small.safetensors"), Path("dense.safetensors")
 SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration inputs.")]
 DriftOption = Annotated[
     float | None,
@@ -262,13 +262,18 @@ def pack(
 @app.command()
 def unpack(
     packed: PackedArgument,
-    out: OutOption = Path("dense.safetensors"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write, dense.safetensors by default; with --model a folder."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             help="hf:DIR; then --out is a folder that from_pretrained loads, with "
-            "configuration and tokenizer of this one.",
+            "configuration and tokenizer, if any, of this one.",
         ),
     ] = None,
     json: JsonOption = None,
@@ -277,6 +282,7 @@ def unpack(
     if model is not None:
         _unpack_folder(packed, model, out, json)
         return
+    out = out or DENSE
     prepare(json, out)
     content = read(packed)
     state = {key: value.contiguous().clone() for key, value in content.state().items()}
@@ -289,11 +295,17 @@ def unpack(
     )
 
 
-def _unpack_folder(packed: Path, model: str, out: Path, json: Path | None) -> None:
+def _unpack_folder(
+    packed: Path, model: str, out: Path | None, json: Path | None
+) -> None:
     if (folder := model_folder(model)) is None:
         message = f"only --model hf:DIR unpacks to a folder; got {model[:50]}"
         raise typer.BadParameter(message)
+    if out is None:
+        message = "--model hf:DIR unpacks to a folder: name it with --out"
+        raise typer.BadParameter(message)
     prepare(json, inputs=[packed])
+    check_no_input(out, [folder])
     save_pretrained(load(packed, build_model(model)), out, tokenizer=folder)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     console.print(f"{packed.stat().st_size:,} ⇒ {size:,} bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["TextBatches", "TextDataset", "load_sentences", "load_tokens"]
+__all__ = [
+    "LONGEST",
+    "TextBatches",
+    "TextDataset",
+    "load_sentences",
+    "load_tokens",
+]
 
 VALIDATION = 1000  # sentences held out from training, or a tenth if there are few
 CHUNK = 16  # batches whose sentences are sorted by length before they are cut
 FEWEST = 8
+LONGEST = 64
 TRAIN, DEV = "train.tsv", "dev.tsv"
 
 
@@ -141,7 +149,7 @@ def load_sentences(
     folder: str | os.PathLike[str] | None,
     tokenizer: Callable[..., Any],
     *,
-    longest: int = 64,
+    longest: int = LONGEST,
 ) -> TextDataset:
     """Return labelled sentences in the layout of GLUE.
 
@@ -152,11 +160,21 @@ def load_sentences(
     Args:
         folder: Where the two files lie, or the folder around a folder ``sst2``.
         tokenizer: Of the model, as transformers has them.
-        longest: Tokens of a sentence; further ones are cut off.
+        longest: Tokens of a sentence, at most the ``model_max_length`` of the
+            tokenizer; further ones are cut off.
 
     Raises:
-        DataError: A file is missing or has another layout.
+        DataError: A file is missing or has another layout, or the tokenizer has no
+            token to pad with.
     """
+    if getattr(tokenizer, "pad_token", "") is None:
+        raise DataError(
+            "the tokenizer cannot pad sentences to one length",
+            got="no pad_token",
+            wanted="a token that stands for nothing",
+            fix="set its pad_token, as the model was trained, and save it again",
+        )
+    longest = min(longest, getattr(tokenizer, "model_max_length", longest))
     if folder is None:
         raise DataError(
             "sentences need a folder",
@@ -194,7 +212,10 @@ def load_sentences(
 
 
 def load_tokens(
-    path: str | os.PathLike[str] | None, *, largest_batch: int = 16
+    path: str | os.PathLike[str] | None,
+    *,
+    largest_batch: int = 16,
+    vocabulary: int | None = None,
 ) -> TextDataset:
     """Return sequences of tokens for a language model, each labelled by itself.
 
@@ -203,9 +224,11 @@ def load_tokens(
     Args:
         path: A ``.npy`` file of whole numbers, [sequences, tokens].
         largest_batch: Sequences in a batch; logits take vocabulary × 4 bytes a token.
+        vocabulary: Number of tokens that there are; None if it is not known.
 
     Raises:
-        DataError: There is no such file, or it holds something else.
+        DataError: There is no such file, it holds something else, or a token in it is
+            negative or not below ``vocabulary``.
     """
     if path is None or not Path(path).is_file():
         raise DataError(
@@ -216,19 +239,36 @@ def load_tokens(
         )
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read", got=str(error)[:200], wanted="a .npy file"
         ) from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise DataError(
+            f"{path} holds no sequences of tokens",
+            got="an archive of arrays",
+            wanted="one array, in a .npy file",
+            fix="save it with numpy.save",
+        )
     if (
         found.ndim != 2
         or found.dtype.kind not in "iu"
-        or min(found.shape, default=0) < 8
+        or min(found.shape, default=0) < FEWEST
     ):
         raise DataError(
             f"{path} holds no sequences of tokens",
             got=f"{found.dtype} {found.shape}",
             wanted=f"whole numbers, [sequences, tokens], at least {FEWEST} of both",
+        )
+    least, most = int(found.min()), int(found.max())
+    largest = np.iinfo(np.int64).max if vocabulary is None else vocabulary - 1
+    if least < 0 or most > largest:
+        raise DataError(
+            f"{path} holds tokens that the model does not have",
+            got=f"{least} to {most}",
+            wanted=f"0 to {largest}",
+            fix="use the tokenizer of the model",
         )
     tokens = list(torch.from_numpy(found.astype(np.int64)))
     test, held = len(tokens) // 4, len(tokens) // 8

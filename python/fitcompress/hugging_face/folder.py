@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fitcompress.errors import DataError, FormatError, OptionError, OutputError
+from fitcompress.files import check_no_input
 from fitcompress.hugging_face.packages import import_transformers
 from fitcompress.quantize import activations, remove
 
@@ -24,17 +25,8 @@ __all__ = ["build_model", "load_model", "load_tokenizer", "save_pretrained"]
 
 CONFIG = "config.json"
 
-# What transformers raises for files that are missing, damaged or of something else.
-UNREADABLE = (
-    SafetensorError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# Names of which a folder with a tokenizer has at least one.
+TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def build_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -62,7 +54,7 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
     """Return the model in a folder, with its weights and in their type, in eval mode.
 
     Args:
-        folder: As ``save_pretrained`` writes it.
+        folder: As ``save_pretrained`` writes it, the weights in safetensors.
 
     Raises:
         DataError: There is no such folder, or its model needs code of its own.
@@ -72,7 +64,12 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
     kind = _class_of(_config(folder), folder)
     with _reading(folder):
         model, found = kind.from_pretrained(
-            str(folder), local_files_only=True, dtype="auto", output_loading_info=True
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # no pickles
+            dtype="auto",
+            output_loading_info=True,
         )
     if missing := sorted(found["missing_keys"]):
         raise FormatError(
@@ -89,13 +86,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """Return the tokenizer in a folder.
 
     Raises:
+        DataError: It needs code of its own.
         FormatError: There is none, or it is damaged.
         MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
     with _reading(folder, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
+            str(folder), local_files_only=True, trust_remote_code=False
         )
 
 
@@ -114,14 +112,22 @@ def save_pretrained(
     Args:
         small: What ``apply``, ``compress`` or ``load`` returned; unchanged.
         folder: Where to; made if it does not exist.
-        tokenizer: Folder whose tokenizer is copied too.
+        tokenizer: Folder whose tokenizer, if there is one, is copied too.
 
     Raises:
         OptionError: It is no model of Hugging Face, or it quantizes inputs of layers,
-            which such a folder cannot say.
-        OutputError: The folder cannot be written.
+            which such a folder cannot say; or ``folder`` is that of ``tokenizer``.
+        OutputError: The folder cannot be written, or is a file.
     """
     import_transformers()
+    check_no_input(folder, [] if tokenizer is None else [tokenizer])
+    if Path(folder).is_file():
+        raise OutputError(
+            f"cannot write {folder}",
+            got="a file of that name",
+            wanted="a folder, new or there already",
+            fix="choose another name",
+        )
     if not hasattr(small, "save_pretrained"):
         raise OptionError(
             "this is no model of Hugging Face",
@@ -137,7 +143,9 @@ def save_pretrained(
             fix="use fitcompress.save, or remove(model, activations=True) first",
         )
     plain: Any = remove(copy.deepcopy(small))
-    held = None if tokenizer is None else load_tokenizer(tokenizer)
+    held = None
+    if tokenizer is not None and not _lacks_tokenizer(tokenizer):
+        held = load_tokenizer(tokenizer)
     try:
         plain.save_pretrained(str(folder))
         if held is not None:
@@ -149,6 +157,12 @@ def save_pretrained(
             wanted="a folder that can be written to and has room",
             fix="choose another place",
         ) from error
+
+
+def _lacks_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Say whether it is a folder without one; what is no folder is told when read."""
+    found = any(True for name in TOKENIZERS for _ in Path(folder).glob(name))
+    return Path(folder).is_dir() and not found
 
 
 def _config(folder: str | os.PathLike[str]) -> Any:
@@ -175,15 +189,16 @@ def _config(folder: str | os.PathLike[str]) -> Any:
 def _class_of(config: Any, folder: str | os.PathLike[str]) -> Any:
     transformers = import_transformers()
     names = getattr(config, "architectures", None) or []
-    if not names:
+    if not isinstance(names, list) or not names:
         raise FormatError(
             f"{Path(folder, CONFIG)} does not say what model it is",
-            got="no architectures",
+            got=f"architectures {str(names)[:50]}" if names else "no architectures",
             wanted='"architectures": ["LlamaForCausalLM"], say',
             fix="save the model again with save_pretrained",
         )
-    kind = getattr(transformers, str(names[0]), None)
-    if kind is None:
+    with _reading(folder):
+        kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise _own_code(folder, f"architecture {names[0]!r}")
     return kind
 
@@ -199,9 +214,15 @@ def _own_code(folder: str | os.PathLike[str], got: str) -> DataError:
 
 @contextlib.contextmanager
 def _reading(folder: str | os.PathLike[str], what: str = "model") -> Iterator[None]:
+    """Say that what transformers parses is damaged, whatever it raises then.
+
+    Errors of its checks of configurations, say, derive from ``Exception`` alone.
+    """
     try:
         yield
-    except UNREADABLE as error:
+    except Exception as error:
+        if "trust_remote_code" in str(error):  # transformers' advice to run it
+            raise _own_code(folder, f"a {what} with code of its own") from error
         raise FormatError(
             f"the {what} in {folder} cannot be read",
             got=" ".join(str(error).split())[:200] or type(error).__name__,

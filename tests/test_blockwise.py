@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -99,6 +100,10 @@ def run(folder: Path, plan: fc.Plan, out: Path, **options) -> bytes:
         (LlamaConfig, {}),
         (MistralConfig, {"sliding_window": 4}),
         (Qwen2Config, {}),
+        (
+            Qwen2Config,  # block 1 has a window, block 0 none
+            {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+        ),
         (Qwen3Config, {"head_dim": 16}),
     ],
 )
@@ -378,6 +383,14 @@ def test_models_of_other_blocks_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(UnsupportedLayerError, match="block by block"):
             run(saved(net, tmp_path / name), plan_of(net), tmp_path / "f")
+
+
+def test_hidden_states_that_are_scaled_before_the_first_block_are_refused(
+    tmp_path,
+) -> None:
+    net = network(GraniteConfig, embedding_multiplier=3.0)
+    with pytest.raises(UnsupportedLayerError, match="changes hidden states"):
+        run(saved(net, tmp_path / "net"), plan_of(net), tmp_path / "f")
 
 
 def test_bad_input_is_said_before_work_starts(finished, tmp_path) -> None:

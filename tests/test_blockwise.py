@@ -25,6 +25,7 @@ from transformers import (
 import fitcompress as fc
 from fitcompress.blockwise import layer, rows, steps, tokens
 from fitcompress.blockwise import run as runs
+from fitcompress.blockwise.skeleton import Skeleton
 from fitcompress.blockwise.work import Work
 from fitcompress.errors import (
     BudgetExceededError,
@@ -398,6 +399,28 @@ def test_models_of_other_blocks_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(UnsupportedLayerError, match="block by block"):
             run(saved(net, tmp_path / name), plan_of(net), tmp_path / "f")
+        assert not (tmp_path / "f.work").exists()
+
+
+def test_a_layer_outside_of_blocks_is_refused(finished, monkeypatch) -> None:
+    folder, plan, *_ = finished
+    real = Skeleton.groups
+    monkeypatch.setattr(Skeleton, "groups", lambda self, n: real(self, n)[:3])
+    out = folder.parent / "refused"
+    with pytest.raises(UnsupportedLayerError, match=r"down_proj' outside"):
+        run(folder, plan, out)
+    assert not out.with_name("refused.work").exists()
+
+
+def test_work_of_another_version_is_left_alone(finished, tmp_path, monkeypatch) -> None:
+    folder, plan, *_ = finished
+    with monkeypatch.context() as patch:
+        stop_at(patch, Work, "put", 1)
+        with pytest.raises(Stopped):
+            run(folder, plan, tmp_path / "file")
+    monkeypatch.setattr(runs, "__version__", "0")
+    with pytest.raises(OptionError, match="another run"):
+        run(folder, plan, tmp_path / "file")
 
 
 def test_hidden_states_that_are_scaled_before_the_first_block_are_refused(

@@ -72,6 +72,7 @@ class Skeleton:
     Attributes:
         model: The whole model, without values.
         layers: Its compressible layers.
+        version: Of transformers.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -81,7 +82,7 @@ class Skeleton:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM, __version__
         except ImportError as error:
             raise MissingDependencyError(
                 "blocks of decoders are run by transformers, which is not installed",
@@ -100,6 +101,7 @@ class Skeleton:
             ) from error
         self.model: nn.Module = model.eval()
         self.config = config
+        self.version: str = __version__
         self._inner: Any = getattr(model, "model", None)
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             if not isinstance(getattr(self._inner, part, None), nn.Module):
@@ -175,6 +177,16 @@ class Skeleton:
             if layer.name.startswith(f"{prefix}.") and layer.name not in known:
                 raise self._unsupported(f"the layer {layer.name!r}")
         return found
+
+    def check_known(self, names: set[str]) -> None:
+        """Raise if a layer is neither the head nor one of these.
+
+        Raises:
+            UnsupportedLayerError: There is one.
+        """
+        for layer in self.layers:
+            if layer.name not in names and layer is not self.head:
+                raise self._unsupported(f"the layer {layer.name!r} outside of blocks")
 
     def inner(self, number: int, half: str) -> nn.Module:
         """Return a half without its output projection, to be filled with values."""

@@ -304,6 +304,23 @@ def test_a_folder_of_another_run_is_left_alone(finished, tmp_path, monkeypatch) 
     assert sorted((tmp_path / "file.work").iterdir()) == before
 
 
+def test_a_work_folder_that_was_there_is_emptied_and_stays(finished, tmp_path) -> None:
+    folder, plan, data, _ = finished
+    place, link = tmp_path / "place", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    (place / ".run.json-abc").write_bytes(b"left by a kill")
+    assert run(folder, plan, tmp_path / "file", work=link) == data
+    assert link.is_dir() and not list(place.iterdir())
+
+
+def test_files_of_others_in_a_work_folder_are_kept(tmp_path) -> None:
+    work = Work(tmp_path / "work", "key")
+    (work.path / "notes.txt").write_text("mine")
+    Work(tmp_path / "work", "key").forget()
+    assert [path.name for path in work.path.iterdir()] == ["notes.txt"]
+
+
 def test_a_damaged_stage_is_an_error(finished, tmp_path, monkeypatch) -> None:
     folder, plan, *_ = finished
     with monkeypatch.context() as patch:

@@ -54,8 +54,8 @@ def compensate_shards(
         compensation: What compensation does; None for the defaults. γ is always
             cross-validated, unless it is given.
         coding: As for ``save``.
-        work: Folder for hidden states and finished layers, removed at the end; None:
-            ``out`` with ``.work`` behind it. About 4 · tokens · (3 · width + the inner
+        work: Folder for hidden states and finished layers, removed at the end
+            unless it was there before; None: ``out`` with ``.work`` behind it. About 4 · tokens · (3 · width + the inner
             width of the mlp) bytes at the least; a killed run goes on from its last
             finished group and ends with the same bytes.
         progress: Show a bar with the time left.

@@ -40,9 +40,11 @@ def compensate_shards(
     o(attention(norm(h))), then h + down(mlp(norm(h))), which is checked. Embeddings are
     rounded; the groups q/k/v, o, gate/up and down of each block compensated in turn,
     then the head if its weight is its own. Hidden states of all tokens lie on
-    disk, once of the dense network and once of the compressed one. Of the weights those
-    of one half of a block are in memory, and of the moments of a group's inputs H, 8
-    (columns + 1)² bytes, two at a time.
+    disk, once of the dense network and once of the compressed one. In memory are, one
+    after the other: half a block twice in float32, as it is and compressed, 8 bytes a
+    weight; two matrices of the moments of a group's inputs, 8 (columns + 1)² bytes
+    each; and the embedding, or the head, in float32 with its codes twice, 12 bytes a
+    weight.
 
     Computes in float32, and moments in float64, whatever the type of the weights.
 
@@ -58,9 +60,10 @@ def compensate_shards(
             cross-validated, unless it is given; ``widen`` has no effect.
         coding: As for ``save``.
         work: Folder for hidden states and finished layers, removed at the end
-            unless it was there before; None: ``out`` with ``.work`` behind it. About 4 · tokens · (3 · width + the inner
-            width of the mlp) bytes at the least; a killed run goes on from its last
-            finished group and ends with the same bytes.
+            unless it was there before; None: ``out`` with ``.work`` behind it. About
+            4 · tokens · (3 · width + the inner width of the mlp) bytes at the least; a
+            killed run goes on from its last finished group and ends with the same
+            bytes.
         progress: Show a bar with the time left.
 
     Returns:

@@ -498,3 +498,35 @@ def test_damaged_models_are_refused(tmp_path) -> None:
     folder = saved(net, tmp_path / "bad")
     with pytest.raises(NonFiniteError, match="up_proj"):
         run(folder, plan, tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", "x"), ("num_attention_heads", 0), ("num_hidden_layers", [2])],
+)
+def test_damaged_configs_are_refused(field, value, finished, tmp_path) -> None:
+    folder, plan, *_ = finished
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(FormatError, match="transformers can build"):
+        Skeleton(tmp_path)
+
+
+def test_code_in_a_folder_is_not_run(finished, tmp_path, monkeypatch) -> None:
+    folder, *_ = finished
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig): model_type = 'own'\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    own = {"auto_map": own, "model_type": "own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(FormatError, match="transformers can build"):
+        Skeleton(tmp_path)
+    assert not asked and not (tmp_path / "ran").exists()

@@ -89,20 +89,25 @@ class Skeleton:
                 fix="pip install 'fitcompress[hf]'",
             ) from error
         try:
-            config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                Path(folder), local_files_only=True, trust_remote_code=False
+            )
             build: Any = AutoModelForCausalLM
             with torch.device("meta"):
-                model = build.from_config(config)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+                model = build.from_config(config, trust_remote_code=False)
+            inner = getattr(model, "model", None)
+            if isinstance(getattr(inner, "rotary_emb", None), nn.Module):
+                inner.rotary_emb = type(inner.rotary_emb)(config=config)  # with values
+        except Exception as error:  # noqa: BLE001 - whatever a damaged config provokes
             raise FormatError(
                 f"{folder} is no model that transformers can build",
-                got=str(error)[:300],
+                got=" ".join(str(error).split())[:300] or type(error).__name__,
                 wanted="a folder with config.json of a causal language model",
             ) from error
         self.model: nn.Module = model.eval()
         self.config = config
         self.version: str = __version__
-        self._inner: Any = getattr(model, "model", None)
+        self._inner: Any = inner
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             if not isinstance(getattr(self._inner, part, None), nn.Module):
                 raise self._unsupported(f"a model without {part}")
@@ -110,8 +115,6 @@ class Skeleton:
             raise self._unsupported(
                 f"an embedding of class {type(self._inner.embed_tokens).__name__}"
             )
-        inner: Any = self._inner
-        inner.rotary_emb = type(inner.rotary_emb)(config=config)
         self.layers = compressible_layers(model)
         self._by_name = {layer.name: layer for layer in self.layers}
         self._prefix = "model."

@@ -530,3 +530,19 @@ def test_code_in_a_folder_is_not_run(finished, tmp_path, monkeypatch) -> None:
     with pytest.raises(FormatError, match="transformers can build"):
         Skeleton(tmp_path)
     assert not asked and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [[1, 2], [3]],
+        [["a", "b"]],
+        "text",
+        None,
+        torch.ones(2, 3, dtype=torch.bool),
+        [[2**70]],
+    ],
+)
+def test_what_is_no_matrix_of_integers_is_refused(bad) -> None:
+    with pytest.raises(DataError, match="without padding"):
+        tokens.checked_tokens(bad, 32)

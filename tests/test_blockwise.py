@@ -505,7 +505,7 @@ def test_damaged_models_are_refused(tmp_path) -> None:
     [("hidden_size", "x"), ("num_attention_heads", 0), ("num_hidden_layers", [2])],
 )
 def test_damaged_configs_are_refused(field, value, finished, tmp_path) -> None:
-    folder, plan, *_ = finished
+    folder, *_ = finished
     config = json.loads((folder / "config.json").read_text())
     config.pop("head_dim", None)
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))

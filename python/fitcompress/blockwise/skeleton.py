@@ -98,7 +98,7 @@ class Skeleton:
             inner = getattr(model, "model", None)
             if isinstance(getattr(inner, "rotary_emb", None), nn.Module):
                 inner.rotary_emb = type(inner.rotary_emb)(config=config)  # with values
-        except Exception as error:  # noqa: BLE001 - whatever a damaged config provokes
+        except Exception as error:  # whatever a damaged config provokes
             raise FormatError(
                 f"{folder} is no model that transformers can build",
                 got=" ".join(str(error).split())[:300] or type(error).__name__,

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -24,6 +25,7 @@ from transformers import (
 import fitcompress as fc
 from fitcompress.blockwise import layer, rows, steps, tokens
 from fitcompress.blockwise import run as runs
+from fitcompress.blockwise.skeleton import Skeleton
 from fitcompress.blockwise.work import Work
 from fitcompress.errors import (
     BudgetExceededError,
@@ -58,7 +60,11 @@ STEP = fc.Grid(step=0.25)
 def network(kind=LlamaConfig, **options):
     torch.manual_seed(0)
     config = kind(**SMALL | {"tie_word_embeddings": False} | options)
-    return AutoModelForCausalLM.from_config(config).eval()
+    net = AutoModelForCausalLM.from_config(config).eval()
+    for name, value in net.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(value, 0.5, 1.5)
+    return net
 
 
 def plan_of(net, grid=STEP, sparsity=0.0, **options) -> fc.Plan:
@@ -99,6 +105,10 @@ def run(folder: Path, plan: fc.Plan, out: Path, **options) -> bytes:
         (LlamaConfig, {}),
         (MistralConfig, {"sliding_window": 4}),
         (Qwen2Config, {}),
+        (
+            Qwen2Config,  # block 1 has a window, block 0 none
+            {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+        ),
         (Qwen3Config, {"head_dim": 16}),
     ],
 )
@@ -220,6 +230,13 @@ def stop_at(patch, place, name, number, counts=None) -> None:
     patch.setattr(place, name, stop)
 
 
+def finished_layers(path: Path) -> set[str]:
+    """Return the layers of the stages that a stopped run has finished."""
+    work = Work(path, json.loads((path / "run.json").read_text())["fitcompress_run"])
+    stages = [file.stem for file in path.glob("*.stage")]
+    return {name for stage in stages for name in work.layers(stage)}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["write", "put"])
 def test_stopped_anywhere_it_ends_with_the_same_bytes(
@@ -233,15 +250,19 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
         with pytest.raises(Stopped):
             run(folder, plan, tmp_path / "file")
     assert not (tmp_path / "file").exists()
+    done = finished_layers(tmp_path / "file.work")
+    assert bool(done) == (at > 1)
     calls = []
     with monkeypatch.context() as patch:
         real = runs.compensated
         patch.setattr(
-            runs, "compensated", lambda *a, **k: calls.append(k) or real(*a, **k)
+            runs,
+            "compensated",
+            lambda *a, **k: calls.append(k["name"]) or real(*a, **k),
         )
         assert run(folder, plan, tmp_path / "file") == data
-    done = at - 2 if name == "put" else 0  # stages but the embedding
-    assert len(calls) <= 15 - done  # what was finished is not done again
+    # What was finished is not done again, and everything else once.
+    assert sorted(calls) == sorted(set(plan.levels) - done - {"model.embed_tokens"})
 
 
 KILLED = """
@@ -281,6 +302,23 @@ def test_a_folder_of_another_run_is_left_alone(finished, tmp_path, monkeypatch) 
     with pytest.raises(OptionError, match="another run"):
         run(folder, plan, tmp_path / "file", tokens=calibration(31))
     assert sorted((tmp_path / "file.work").iterdir()) == before
+
+
+def test_a_work_folder_that_was_there_is_emptied_and_stays(finished, tmp_path) -> None:
+    folder, plan, data, _ = finished
+    place, link = tmp_path / "place", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    (place / ".run.json-abc").write_bytes(b"left by a kill")
+    assert run(folder, plan, tmp_path / "file", work=link) == data
+    assert link.is_dir() and not list(place.iterdir())
+
+
+def test_files_of_others_in_a_work_folder_are_kept(tmp_path) -> None:
+    work = Work(tmp_path / "work", "key")
+    (work.path / "notes.txt").write_text("mine")
+    Work(tmp_path / "work", "key").forget()
+    assert [path.name for path in work.path.iterdir()] == ["notes.txt"]
 
 
 def test_a_damaged_stage_is_an_error(finished, tmp_path, monkeypatch) -> None:
@@ -365,8 +403,17 @@ def test_no_file_beyond_the_budget(tmp_path) -> None:
         with pytest.raises(BudgetExceededError) as caught:
             run(folder, plan_of(net, grid, limit_bytes=500), tmp_path / "f")
         assert caught.value.size_bytes > 500 and not (tmp_path / "f").exists()
-        for path in (tmp_path / "f.work").iterdir():
-            path.unlink()
+        assert not (tmp_path / "f.work").exists()
+
+
+def test_fixed_point_codes_that_cannot_fit_are_refused_before_work_starts(
+    finished, tmp_path, monkeypatch
+) -> None:
+    folder, plan, *_ = finished
+    fixed = {n: replace(x, grid=fc.Grid(bits=4)) for n, x in plan.levels.items()}
+    monkeypatch.setattr(runs.Run, "_embed", None)  # the first stage
+    with pytest.raises(BudgetExceededError, match="nothing was done"):
+        run(folder, fc.Plan(fixed, limit_bytes=500), tmp_path / "f")
 
 
 def test_models_of_other_blocks_are_refused(tmp_path) -> None:
@@ -378,6 +425,36 @@ def test_models_of_other_blocks_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(UnsupportedLayerError, match="block by block"):
             run(saved(net, tmp_path / name), plan_of(net), tmp_path / "f")
+        assert not (tmp_path / "f.work").exists()
+
+
+def test_a_layer_outside_of_blocks_is_refused(finished, monkeypatch) -> None:
+    folder, plan, *_ = finished
+    real = Skeleton.groups
+    monkeypatch.setattr(Skeleton, "groups", lambda self, n: real(self, n)[:3])
+    out = folder.parent / "refused"
+    with pytest.raises(UnsupportedLayerError, match=r"down_proj' outside"):
+        run(folder, plan, out)
+    assert not out.with_name("refused.work").exists()
+
+
+def test_work_of_another_version_is_left_alone(finished, tmp_path, monkeypatch) -> None:
+    folder, plan, *_ = finished
+    with monkeypatch.context() as patch:
+        stop_at(patch, Work, "put", 1)
+        with pytest.raises(Stopped):
+            run(folder, plan, tmp_path / "file")
+    monkeypatch.setattr(runs, "__version__", "0")
+    with pytest.raises(OptionError, match="another run"):
+        run(folder, plan, tmp_path / "file")
+
+
+def test_hidden_states_that_are_scaled_before_the_first_block_are_refused(
+    tmp_path,
+) -> None:
+    net = network(GraniteConfig, embedding_multiplier=3.0)
+    with pytest.raises(UnsupportedLayerError, match="changes hidden states"):
+        run(saved(net, tmp_path / "net"), plan_of(net), tmp_path / "f")
 
 
 def test_bad_input_is_said_before_work_starts(finished, tmp_path) -> None:
@@ -421,3 +498,51 @@ def test_damaged_models_are_refused(tmp_path) -> None:
     folder = saved(net, tmp_path / "bad")
     with pytest.raises(NonFiniteError, match="up_proj"):
         run(folder, plan, tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", "x"), ("num_attention_heads", 0), ("num_hidden_layers", [2])],
+)
+def test_damaged_configs_are_refused(field, value, finished, tmp_path) -> None:
+    folder, *_ = finished
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(FormatError, match="transformers can build"):
+        Skeleton(tmp_path)
+
+
+def test_code_in_a_folder_is_not_run(finished, tmp_path, monkeypatch) -> None:
+    folder, *_ = finished
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig): model_type = 'own'\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    own = {"auto_map": own, "model_type": "own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(FormatError, match="transformers can build"):
+        Skeleton(tmp_path)
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [[1, 2], [3]],
+        [["a", "b"]],
+        "text",
+        None,
+        torch.ones(2, 3, dtype=torch.bool),
+        [[2**70]],
+    ],
+)
+def test_what_is_no_matrix_of_integers_is_refused(bad) -> None:
+    with pytest.raises(DataError, match="without padding"):
+        tokens.checked_tokens(bad, 32)

@@ -344,3 +344,13 @@ def _file(folder, data):
     path = folder / "f.safetensors"
     path.write_bytes(data)
     return path
+
+
+def test_nothing_is_left_of_a_file_whose_parts_end_in_an_error(tmp_path) -> None:
+    def parts():
+        yield b"first"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "f", parts())
+    assert not list(tmp_path.iterdir())

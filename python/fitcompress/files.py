@@ -97,10 +97,12 @@ def write_atomically(
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:  # an interrupt, say, or an error of the parts
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(
             f"cannot write {path}",
             got=error.strerror or type(error).__name__,

@@ -34,6 +34,7 @@ from fitcompress.storage.coded_weight import (
 from fitcompress.storage.container import Outline, pack_parts, packed_size
 from fitcompress.storage.save_load import plan_info
 from fitcompress.storage.sections import Leftovers, write_leftovers
+from fitcompress.versions import __version__
 
 if TYPE_CHECKING:
     import os
@@ -96,8 +97,12 @@ class Run:
                     wanted="a plan without activation bits",
                     fix="search without them, or use apply",
                 )
+        known = {skeleton.embedding.name}
         for number in range(skeleton.blocks):
-            skeleton.groups(number)
+            skeleton.arguments(number, 1, 1)
+            groups = skeleton.groups(number)
+            known |= {layer.name for group in groups for layer in group.layers}
+        skeleton.check_known(known)
         self._aliases = {
             f"{name}.weight": f"{layer.name}.weight"
             for layer in skeleton.layers
@@ -111,6 +116,7 @@ class Run:
         }
         self._values = Values(shards, self._state)
         self._tokens: Tokens = checked_tokens(tokens, skeleton.embedding.rows)
+        self._check_halves()
         self.work = Work(work, self._key())
         self._pace = Pace("blocks", 1.0)
         self._stage_of: dict[str, str] = {}
@@ -127,9 +133,21 @@ class Run:
             tuple(self._tokens.ids.shape),
             files,
             self._skeleton.config.to_json_string(),
+            (__version__, str(torch.__version__), self._skeleton.version),
         )
         crc = zlib.crc32(repr(about).encode())
         return f"{digest(self._tokens.ids, crc):08x}"
+
+    def _check_halves(self) -> None:
+        """Raise unless the first block is of the kind that is compressed here."""
+        if self._skeleton.blocks:
+            name = f"{self._skeleton.embedding.name}.weight"
+            self._skeleton.check_halves(
+                0,
+                self._values.dense_rows(name, self._tokens.ids[:1]),
+                lambda module, name: _filled(module, name, self._values),
+            )
+            self._shards.release()
 
     @torch.no_grad()
     def all_stages(self, *, progress: bool) -> None:
@@ -286,12 +304,6 @@ class Run:
         with RowWriter(self.work.rows(names[0]), ids.numel(), width) as file:
             for number, sequence in enumerate(ids):
                 file.write(number * len(sequence), dense[sequence])
-        if self._skeleton.blocks:
-            states = dense[ids[:1]]
-            self._skeleton.check_halves(
-                0, states, lambda module, name: _filled(module, name, self._values)
-            )
-            self._shards.release()
         rows = len(dense) if level.sparsity else ROWS
         made = joined(
             [rounded_matrix(part, level) for part in torch.split(dense, rows)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fitcompress.blockwise.run import Run
 from fitcompress.blockwise.skeleton import Skeleton
 from fitcompress.compensate.options import Compensation
+from fitcompress.errors import BudgetExceededError
 from fitcompress.files import check_no_input, check_writable
 from fitcompress.sensitivity.shards import Shards
 from fitcompress.storage.coded_weight import Coding, check_coding
@@ -39,25 +40,30 @@ def compensate_shards(
     o(attention(norm(h))), then h + down(mlp(norm(h))), which is checked. Embeddings are
     rounded; the groups q/k/v, o, gate/up and down of each block compensated in turn,
     then the head if its weight is its own. Hidden states of all tokens lie on
-    disk, once of the dense network and once of the compressed one. Of the weights those
-    of one half of a block are in memory, and of the moments of a group's inputs H, 8
-    (columns + 1)² bytes, two at a time.
+    disk, once of the dense network and once of the compressed one. In memory are, one
+    after the other: half a block twice in float32, as it is and compressed, 8 bytes a
+    weight; two matrices of the moments of a group's inputs, 8 (columns + 1)² bytes
+    each; and the embedding, or the head, in float32 with its codes twice, 12 bytes a
+    weight.
 
     Computes in float32, and moments in float64, whatever the type of the weights.
 
     Args:
         folder: Of the model: ``config.json`` and ``.safetensors`` files.
         plan: For this model. If it bounds the bytes of the file, all steps are scaled
-            by about one factor, the last layers by what then is left.
+            by about one factor, the last layers by what then is left. Fixed-point
+            grids have no step to scale: a file that clearly exceeds the limit is
+            refused before work starts, one that exceeds it by little at the end.
         tokens: Calibration tokens, integers [sequences, length], without padding.
         out: The packed file, as ``save`` writes it.
         compensation: What compensation does; None for the defaults. γ is always
-            cross-validated, unless it is given.
+            cross-validated, unless it is given; ``widen`` has no effect.
         coding: As for ``save``.
-        work: Folder for hidden states and finished layers, removed at the end; None:
-            ``out`` with ``.work`` behind it. About 4 · tokens · (3 · width + the inner
-            width of the mlp) bytes at the least; a killed run goes on from its last
-            finished group and ends with the same bytes.
+        work: Folder for hidden states and finished layers, removed at the end
+            unless it was there before; None: ``out`` with ``.work`` behind it. About
+            4 · tokens · (3 · width + the inner width of the mlp) bytes at the least; a
+            killed run goes on from its last finished group and ends with the same
+            bytes.
         progress: Show a bar with the time left.
 
     Returns:
@@ -74,7 +80,8 @@ def compensate_shards(
         DataError: The tokens cannot be used.
         NonFiniteError: A weight or an activation is NaN or infinite.
         CalibrationError: Moments cannot be inverted.
-        BudgetExceededError: The file would exceed the plan's limit; nothing is written.
+        BudgetExceededError: The file would exceed the plan's limit; nothing is written,
+            and the work folder is removed.
         OutputError: The file or the work folder cannot be written.
     """
     check_writable(out)
@@ -90,7 +97,11 @@ def compensate_shards(
         Path(f"{out}.work") if work is None else Path(work),
     )
     with threads(FIXED):
-        run.all_stages(progress=progress)
-        size = run.write(out)
+        try:
+            run.all_stages(progress=progress)
+            size = run.write(out)
+        except BudgetExceededError:
+            run.work.forget()  # of no use to any other plan
+            raise
     run.work.forget()
     return size

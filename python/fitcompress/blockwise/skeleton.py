@@ -72,6 +72,7 @@ class Skeleton:
     Attributes:
         model: The whole model, without values.
         layers: Its compressible layers.
+        version: Of transformers.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -81,35 +82,44 @@ class Skeleton:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM, __version__
         except ImportError as error:
             raise MissingDependencyError(
                 "blocks of decoders are run by transformers, which is not installed",
                 fix="pip install 'fitcompress[hf]'",
             ) from error
         try:
-            config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                Path(folder), local_files_only=True, trust_remote_code=False
+            )
             build: Any = AutoModelForCausalLM
             with torch.device("meta"):
-                model = build.from_config(config)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+                model = build.from_config(config, trust_remote_code=False)
+            inner = getattr(model, "model", None)
+            if isinstance(getattr(inner, "rotary_emb", None), nn.Module):
+                inner.rotary_emb = type(inner.rotary_emb)(config=config)  # with values
+        except Exception as error:  # whatever a damaged config provokes
             raise FormatError(
                 f"{folder} is no model that transformers can build",
-                got=str(error)[:300],
+                got=" ".join(str(error).split())[:300] or type(error).__name__,
                 wanted="a folder with config.json of a causal language model",
             ) from error
         self.model: nn.Module = model.eval()
         self.config = config
-        self._inner: Any = getattr(model, "model", None)
+        self.version: str = __version__
+        self._inner: Any = inner
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             if not isinstance(getattr(self._inner, part, None), nn.Module):
                 raise self._unsupported(f"a model without {part}")
-        inner: Any = self._inner
-        inner.rotary_emb = type(inner.rotary_emb)(config=config)
+        if type(self._inner.embed_tokens).forward is not nn.Embedding.forward:
+            raise self._unsupported(
+                f"an embedding of class {type(self._inner.embed_tokens).__name__}"
+            )
         self.layers = compressible_layers(model)
         self._by_name = {layer.name: layer for layer in self.layers}
         self._prefix = "model."
-        self._calls: dict[Any, dict[str, Any]] = {}
+        self._calls: dict[tuple[int, int], dict[str, Any]] = {}
+        self._caller = -1
 
     @property
     def blocks(self) -> int:
@@ -171,6 +181,16 @@ class Skeleton:
                 raise self._unsupported(f"the layer {layer.name!r}")
         return found
 
+    def check_known(self, names: set[str]) -> None:
+        """Raise if a layer is neither the head nor one of these.
+
+        Raises:
+            UnsupportedLayerError: There is one.
+        """
+        for layer in self.layers:
+            if layer.name not in names and layer is not self.head:
+                raise self._unsupported(f"the layer {layer.name!r} outside of blocks")
+
     def inner(self, number: int, half: str) -> nn.Module:
         """Return a half without its output projection, to be filled with values."""
         module = copy.deepcopy(getattr(self.block(number), half))
@@ -189,35 +209,54 @@ class Skeleton:
         return f"{self._prefix}norm", copy.deepcopy(self._inner.norm)
 
     def arguments(self, number: int, sequences: int, length: int) -> dict[str, Any]:
-        """Return what the model calls a block with, besides the hidden states."""
-        block = self.block(number)
-        kind = (type(block), getattr(block, "attention_type", None), sequences, length)
-        if kind not in self._calls:
-            self._calls[kind] = self._arguments(block, sequences, length)
-        return self._calls[kind]
+        """Return what the model calls a block with, besides the hidden states.
 
-    def _arguments(
-        self, block: nn.Module, sequences: int, length: int
-    ) -> dict[str, Any]:
+        Raises:
+            UnsupportedLayerError: The model calls it with more, or does something to
+                the hidden states before the block besides what blocks do.
+        """
+        if number != self._caller:  # masks are large: only those of one block are kept
+            self._calls.clear()
+            self._caller = number
+        if (sequences, length) not in self._calls:
+            self._calls[sequences, length] = self._arguments(number, sequences, length)
+        return self._calls[sequences, length]
+
+    def _arguments(self, number: int, sequences: int, length: int) -> dict[str, Any]:
         caught: dict[str, Any] = {}
 
-        def catch(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
+        def catch(_: nn.Module, given: Any, named: dict[str, Any]) -> None:
             caught.update(named)
+            if given:
+                caught["hidden_states"], caught["more"] = given[0], given[1:]
             raise _CaughtError
 
-        layers = self._inner.layers
-        handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-        self._inner.layers = nn.ModuleList([block])
+        # Blocks may be called differently by their number: those before stay in their
+        # places, and pass on what they are given.
+        embed, before = self._inner.embed_tokens, self._inner.layers[:number]
+        states = torch.linspace(1, 2, self.width).expand(sequences, length, -1)
+        handle = self.block(number).register_forward_pre_hook(catch, with_kwargs=True)
         try:
+            embed.forward = lambda *_, **__: states
+            for block in before:
+                block.forward = _unchanged
             with torch.no_grad():
-                states = torch.zeros(1, 1, 1).expand(sequences, length, self.width)
-                self._inner(inputs_embeds=states, use_cache=False)
+                ids = torch.zeros(sequences, length, dtype=torch.long)
+                self._inner(input_ids=ids, use_cache=False)
         except _CaughtError:
             pass
         finally:
             handle.remove()
-            self._inner.layers = layers
-        caught.pop("hidden_states", None)
+            for module in (embed, *before):
+                vars(module).pop("forward", None)
+        given = caught.pop("hidden_states", None)
+        if given is None or given.is_meta or not torch.equal(given, states):
+            raise self._unsupported(
+                f"{type(self._inner).__name__}, which changes hidden states between "
+                f"the embedding and {self.block_name(number)}"
+            )
+        if caught.pop("more", ()):
+            raise self._unsupported("blocks that are called with unnamed arguments")
         return caught
 
     @torch.no_grad()
@@ -266,6 +305,11 @@ class Skeleton:
             "down(mlp(norm(h)))",
             fix="use apply with the whole model in memory",
         )
+
+
+def _unchanged(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Stand in for a block."""
+    return hidden_states
 
 
 def call_half(

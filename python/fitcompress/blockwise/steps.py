@@ -17,6 +17,7 @@ from fitcompress import _core
 from fitcompress.compensate.compressor import scaled
 from fitcompress.compensate.rounding import rounded_matrix
 from fitcompress.compensate.size_fit import TOLERANCE, WIDEST, Pace, entropy_bits
+from fitcompress.errors import BudgetExceededError
 from fitcompress.files import write_atomically
 from fitcompress.model.costs import overhead_bytes
 from fitcompress.progress import Bar
@@ -33,6 +34,7 @@ __all__ = ["pace_for"]
 
 SAMPLE = 1 << 17  # weights of a layer that are coded to learn its size
 BISECTIONS = 16
+CLEARLY = 1.2  # times the limit: no compensation makes up for that
 
 
 def pace_for(
@@ -46,10 +48,12 @@ def pace_for(
         values: Its weights: all are read once, unless ``file`` is there.
         file: Where what was learnt is kept, so that a resumed run goes on as it began.
         progress: Show a bar.
+
+    Raises:
+        BudgetExceededError: There are no steps, and the codes take clearly more.
     """
     limit = plan.limit_bytes
-    steps = any(level.grid.step is not None for level in plan.levels.values())
-    if limit is None or not steps:
+    if limit is None:
         return Pace("blocks", 1.0)
     if not file.exists():
         about = _learn(plan, limit, skeleton, values, progress=progress)
@@ -76,10 +80,12 @@ def _learn(
             for name, level in plan.levels.items()
         }
 
-    target = (1 - TOLERANCE / 2) * limit - overhead_bytes(
-        skeleton.model, skeleton.layers
-    )
+    overhead = overhead_bytes(skeleton.model, skeleton.layers)
+    target = (1 - TOLERANCE / 2) * limit - overhead
     ratio = sum(sizes(1.0, coded=True).values())
+    if all(level.grid.step is None for level in plan.levels.values()):
+        _check(overhead + ratio, limit)
+        return {"factor": 1.0}
     ratio /= max(sum(sizes(1.0, coded=False).values()), 1.0)
     low, high = -math.log(WIDEST), math.log(WIDEST)
     for _ in range(BISECTIONS):
@@ -92,6 +98,18 @@ def _learn(
     slope = math.log(max(here, 1.0) / max(there, 1.0)) / math.log(1.05)
     expected = sizes(factor, coded=True)
     return {"factor": factor, "expected": expected, "target": target, "slope": slope}
+
+
+def _check(size: float, limit: int) -> None:
+    """Raise if fixed-point codes cannot fit: there is nothing to scale then."""
+    if size > CLEARLY * limit:
+        raise BudgetExceededError(
+            "the packed file would exceed the plan's budget; nothing was done",
+            size_bytes=round(size),
+            got=f"about {round(size)} bytes, by some rows of every layer",
+            wanted=f"at most {limit} bytes",
+            fix="search again with a smaller budget or with entropy-coded steps",
+        )
 
 
 def _some_rows(weight: torch.Tensor) -> torch.Tensor:

@@ -99,11 +99,11 @@ def checked_tokens(tokens: Any, vocabulary: int) -> Tokens:
         DataError: They are something else, or not below ``vocabulary``.
         EmptyLoaderError: There are none.
     """
-    ids = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.asarray(tokens))
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex():
+    ids, got = _converted(tokens)
+    if ids is None:
         raise DataError(
             "the calibration tokens cannot be used",
-            got=f"{ids.dtype} of shape {tuple(ids.shape)}",
+            got=got,
             wanted="integers [sequences, length], without padding",
             fix="cut the text into sequences of one length",
         )
@@ -122,6 +122,19 @@ def checked_tokens(tokens: Any, vocabulary: int) -> Tokens:
             fix="use the tokenizer of the model",
         )
     return Tokens(ids)
+
+
+def _converted(tokens: Any) -> tuple[torch.Tensor | None, str]:
+    """Return tokens as a matrix of integers or None, and what they are."""
+    try:
+        if not torch.is_tensor(tokens):
+            tokens = torch.from_numpy(np.array(tokens, order="C"))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        return None, f"{type(tokens).__name__}: {error}"[:200]
+    number = tokens.is_floating_point() or tokens.is_complex()
+    if tokens.dim() != 2 or number or tokens.dtype == torch.bool:
+        return None, f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+    return tokens, ""
 
 
 def _neighbours(wanted: list[int], most: int) -> Iterator[tuple[int, int]]:

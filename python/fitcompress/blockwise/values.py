@@ -64,6 +64,17 @@ class Values:
         """
         read = self._shards.read(name)
         value = read.clone() if read.dtype == torch.float32 else read.float()
+        return self._finite(name, value)
+
+    def dense_rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Return rows of a tensor of the dense network, float32.
+
+        Raises:
+            NonFiniteError: They are not finite.
+        """
+        return self._finite(name, self._shards.read(name)[index].float())
+
+    def _finite(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
                 f"{name} has values that are NaN or infinite",

@@ -6,6 +6,7 @@ done. Hidden states and sums are files of rows, there as a whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -64,12 +65,15 @@ class Work:
 
     path: Path
     key: str
-    _outlines: dict[str, list[Outline]] = field(default_factory=dict, repr=False)
+    _made: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(exist_ok=True)
-            found = [each for each in self.path.iterdir() if each.name != KEY]
+            ours = (KEY, *TEMPORARY)  # a kill leaves temporary names behind
+            names = [each.name for each in self.path.iterdir()]
+            found = [name for name in names if not name.startswith(ours)]
         except OSError as error:
             raise OutputError(
                 f"cannot use the folder {self.path}",
@@ -78,8 +82,9 @@ class Work:
                 fix="choose another place",
             ) from error
         file = self.path / KEY
-        known = _read_key(file)
+        known, made = _read_key(file)
         if known == self.key:
+            self._made = made
             return
         if found or file.exists():
             raise OptionError(
@@ -88,7 +93,8 @@ class Work:
                 wanted=f"run {self.key} (model, plan, tokens and options), or nothing",
                 fix="finish that run, remove the folder, or name another with work=",
             )
-        write_atomically(file, json.dumps({"fitcompress_run": self.key}).encode())
+        about = {"fitcompress_run": self.key, "made": self._made}
+        write_atomically(file, json.dumps(about).encode())
 
     @property
     def sizes(self) -> Path:
@@ -176,10 +182,12 @@ class Work:
                 path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """Remove everything: the run is over."""
+        """Remove everything: the run is over. A folder that was there before stays."""
         for path in self._files():
             path.unlink(missing_ok=True)
-        self.path.rmdir()
+        if self._made:
+            with contextlib.suppress(OSError):  # there are files of others in it
+                self.path.rmdir()
 
     def _files(self) -> Iterator[Path]:
         for path in list(self.path.iterdir()):
@@ -206,8 +214,10 @@ def _about(file: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _read_key(path: Path) -> str | None:
+def _read_key(path: Path) -> tuple[str | None, bool]:
+    """Return whose work it is, and whether the folder was made for it."""
     try:
-        return str(json.loads(path.read_bytes())["fitcompress_run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        about = json.loads(path.read_bytes())
+        return str(about["fitcompress_run"]), bool(about.get("made", True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, False

@@ -95,7 +95,7 @@ class Skeleton:
             build: Any = AutoModelForCausalLM
             with torch.device("meta"):
                 model = build.from_config(config, trust_remote_code=False)
-            inner = getattr(model, "model", None)
+            inner: Any = getattr(model, "model", None)
             if isinstance(getattr(inner, "rotary_emb", None), nn.Module):
                 inner.rotary_emb = type(inner.rotary_emb)(config=config)  # with values
         except Exception as error:  # whatever a damaged config provokes

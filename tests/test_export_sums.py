@@ -148,7 +148,8 @@ def test_the_report_compares_with_the_model(files, small, x) -> None:
     assert found.same_class == pytest.approx(100 * float(same))
     logs = p.double().log_softmax(1), q.double().log_softmax(1)
     kl = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
-    assert found.divergence == pytest.approx(kl, rel=1e-2)
+    # Of logits in float32: of 7e-7 nats the second digit is rounding.
+    assert found.divergence == pytest.approx(kl, rel=1e-2, abs=5e-8)
     assert 0 < kl < 1e-2
     assert "2 integer sums" in report.summary()
     assert "against PyTorch: same class" in str(report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,20 +236,15 @@ def load_tokens(
             wanted="a .npy file of whole numbers, [sequences, tokens]",
             fix="pass --data FILE.npy",
         )
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    try:  # np.load leaves archives that are cut off open
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"{path} cannot be read", got=str(error)[:200], wanted="a .npy file"
-        ) from error
-    if not isinstance(found, np.ndarray):
-        found.close()
-        raise DataError(
-            f"{path} holds no sequences of tokens",
-            got="an archive of arrays",
-            wanted="one array, in a .npy file",
+            f"{path} cannot be read",
+            got=str(error)[:200],
+            wanted="one array in a .npy file, not an archive of arrays",
             fix="save it with numpy.save",
-        )
+        ) from error
     if (
         found.ndim != 2
         or found.dtype.kind not in "iu"

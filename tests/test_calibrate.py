@@ -2,9 +2,6 @@
 
 import dataclasses
 import logging
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,15 +14,7 @@ from fitcompress.compensate.options import Compensation
 from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
 from fitcompress.refinement import plan_losses
 from fitcompress.refinement.plan_fit import Drawn, fit_plans
-from fitcompress.refinement.plan_losses import Workers
 from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
-from fitcompress.refinement.regression import (
-    Fit,
-    cross_validated,
-    fit_factors,
-    rank_correlation,
-    simplest,
-)
 from fitcompress.threads import threads
 from test_refinement import BITS, Branched
 from test_search import random_table
@@ -52,75 +41,6 @@ def table(net, loader):
     return fc.measure(
         net, loader, samples=32, grids=GRIDS, sparsities=(0, 0.3, 0.6), progress=False
     )
-
-
-def noisy_problem(plans, layers, noise, seed=0):
-    random = np.random.default_rng(seed)
-    x = 4.0 ** -random.integers(0, 5, (plans, layers))
-    factors = np.exp(random.normal(0, 1, layers))
-    return x, factors, (x @ factors) * np.exp(random.normal(0, noise, plans))
-
-
-def test_factors_are_found() -> None:
-    x, factors, y = noisy_problem(200, 8, 0.0)
-    found = fit_factors(x, y, np.zeros(8, dtype=np.int64), 1e-6)
-    np.testing.assert_allclose(found, factors, rtol=1e-3)
-
-
-def test_a_fit_is_a_minimum() -> None:
-    x, _, y = noisy_problem(30, 6, 0.1)
-    groups = np.array([0, 0, 0, 1, 1, 1])
-    found = np.log(fit_factors(x, y, groups, 0.3))
-
-    def value(logs):
-        rest = np.log(x @ np.exp(logs)) - np.log(y)
-        apart = [logs[groups == g] - logs[groups == g].mean() for g in (0, 1)]
-        return rest @ rest + 0.3 * sum(a @ a for a in apart)
-
-    random = np.random.default_rng(1)
-    for size in (1e-3, 1e-1):
-        for _ in range(50):
-            assert value(found + size * random.normal(size=6)) >= value(found) - 1e-9
-
-
-def test_units_do_not_matter() -> None:
-    x, _, y = noisy_problem(30, 6, 0.1)
-    groups = np.zeros(6, dtype=np.int64)
-    both = (cross_validated(x, y, groups), cross_validated(x * 1e-9, y * 1e6, groups))
-    assert simplest(both[0]) == simplest(both[1])
-    for plain, scaled in zip(*both, strict=True):
-        np.testing.assert_allclose(scaled.factors, plain.factors * 1e15, rtol=1e-5)
-        np.testing.assert_allclose(scaled.predicted, plain.predicted * 1e6, rtol=1e-5)
-
-
-def test_noise_wants_a_larger_ridge() -> None:
-    groups = np.zeros(12, dtype=np.int64)
-    x, _, y = noisy_problem(24, 12, 0.0)
-    fits = cross_validated(x, y, groups)
-    clean = fits[simplest(fits)]
-    alike = x.sum(1) * np.exp(np.random.default_rng(2).normal(0, 1, 24))
-    noisy = cross_validated(x, alike, groups)
-    assert noisy[simplest(noisy)].ridge > clean.ridge
-    # What was left out was not fitted to.
-    assert clean.error > 0
-    assert rank_correlation(clean.predicted, y) > rank_correlation(x.sum(1), y)
-
-
-def test_of_fits_as_good_as_the_best_the_simplest_is_taken() -> None:
-    def fit(ridge, squares):
-        return Fit(np.ones(1), ridge, np.ones(4), np.array(squares))
-
-    best = fit(0.1, [0.0, 0.0, 0.2, 0.2])  # 0.1 ± 0.05
-    assert simplest([fit(1.0, [0.14] * 4), best, fit(3.0, [0.16] * 4)]) == 0
-    assert simplest([fit(1.0, [0.16] * 4), best]) == 1
-    assert simplest([fit(1.0, [0.14] * 4), fit(1.0, [0.13] * 4), best]) == 1
-
-
-def test_rank_correlation_is_that_of_scipy() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = random.integers(0, 6, (2, 15)).astype(float)
-        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
 def test_plans_are_spread_evenly() -> None:
@@ -196,15 +116,6 @@ def test_inputs_and_weights_get_factors_of_their_own() -> None:
     np.testing.assert_allclose(fit.inputs, 2 * table.activation_distortion, rtol=0.1)
     assert fit.report["spearman"] > 0.99
     assert len(fit.report["input_factors"]) == 6
-
-
-def test_stages_of_a_plan_are_left_out_together() -> None:
-    x, _, y = noisy_problem(16, 4, 0.1)
-    twice_x, twice_y = np.repeat(x, 2, axis=0), np.repeat(y, 2)
-    groups = np.zeros(4, dtype=np.int64)
-    once = cross_validated(x, y, groups, [0.1])[0]
-    both = cross_validated(twice_x, twice_y, groups, [0.2], together=2)[0]
-    np.testing.assert_allclose(both.predicted[::2], once.predicted, rtol=1e-6)
 
 
 def test_inputs_are_measured_on_compensated_plans(net, loader) -> None:
@@ -478,41 +389,6 @@ def test_the_number_of_threads_does_not_matter(net, loader) -> None:
             found.append(fc.calibrate(table, net, loader, **settings))
     for name in ("distortion", "activation_distortion"):
         assert np.array_equal(getattr(found[0], name), getattr(found[1], name))
-
-
-def test_threads_that_run_passes_compute_as_the_main_one() -> None:
-    """Whatever OpenMP would give a new thread."""
-    code = (
-        "import torch, zlib\n"
-        "from fitcompress.compensate.lockstep import Lockstep\n"
-        "from fitcompress.threads import threads\n"
-        "torch.manual_seed(0)\n"
-        "net = torch.nn.Sequential(torch.nn.Linear(3072, 256), torch.nn.Linear(256, 4))"
-        "\nx = torch.randn(128, 3072)\n"
-        "with threads(2), Lockstep(net, {'1': net[1]}, [x]) as run:\n"
-        "    print(zlib.crc32(run.advance()[1][0].numpy().tobytes()))\n"
-    )
-    found = set()
-    for count in ("1", "2", "5"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": count},
-        )
-        found.add(done.stdout)
-    assert len(found) == 1
-
-
-def test_workers_fit_in_memory() -> None:
-    small = torch.nn.Linear(10, 10)
-    assert Workers.for_model(small, 2**20, 4) == Workers(4, 1)
-    assert Workers.for_model(small, 2**20, 64) == Workers(8, 1)
-    assert Workers.for_model(small, 2**29, 64) == Workers(2, 1)
-    assert Workers.for_model(small, 2**30, 64) == Workers(1, 2)
-    large = torch.nn.Linear(2**15, 2**15, device="meta")
-    assert Workers.for_model(large, 0, 64) == Workers(1, 2)
 
 
 def test_a_plan_that_changes_nothing_does_not_rule_the_fit(

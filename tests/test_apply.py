@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
-from fitcompress.compensate import attempts, compressor
+from fitcompress.compensate import attempts, one_layer
 from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.data import Batches
 from fitcompress.errors import BudgetExceededError
@@ -229,7 +229,7 @@ def test_killed_and_resumed_gives_the_identical_model(
     plan = fc.search(sensitivity, fc.Budget(size=1100))
     whole = packed_bytes(fc.apply(net, plan, loader, progress=False))
     monkeypatch.setattr(attempts, "SAVE_EVERY", -1.0)
-    done, real = [], compressor.quantize
+    done, real = [], one_layer.quantize
 
     def killed(*args, **kwargs) -> torch.Tensor:
         if len(done) == survived:
@@ -239,7 +239,7 @@ def test_killed_and_resumed_gives_the_identical_model(
 
     file = tmp_path / "partial"
     with monkeypatch.context() as patch:
-        patch.setattr(compressor, "quantize", killed)
+        patch.setattr(one_layer, "quantize", killed)
         try:
             fc.apply(net, plan, loader, checkpoint=file, progress=False)
         except KilledError:
@@ -250,7 +250,7 @@ def test_killed_and_resumed_gives_the_identical_model(
         calls.append(kwargs["name"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compressor, "quantize", counted)
+    monkeypatch.setattr(one_layer, "quantize", counted)
     resumed = fc.apply(net, plan, loader, checkpoint=file, progress=False)
     assert packed_bytes(resumed) == whole
     assert list(tmp_path.iterdir()) == []

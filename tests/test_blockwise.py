@@ -53,7 +53,7 @@ SMALL = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-PLAIN = fc.Compensation(beam=1)
+PLAIN = fc.Compensation(beam=1, shared=False)
 STEP = fc.Grid(step=0.25)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress import compression
-from fitcompress.compensate import attempts, compressor
+from fitcompress.compensate import attempts, compressor, one_layer
 from fitcompress.compensate.options import Compensation
 from fitcompress.data import Batches
 from fitcompress.errors import (
@@ -117,15 +117,15 @@ def test_killed_while_applying(
 ) -> None:
     whole, file = compress(net, batches), tmp_path / "c"
     with monkeypatch.context() as patch:
-        needed = counted(patch, compressor, "quantize")
+        needed = counted(patch, one_layer, "quantize")
         compress(net, batches)
     with monkeypatch.context() as patch:
-        killed_after(patch, compressor, "quantize", survived)
+        killed_after(patch, one_layer, "quantize", survived)
         with pytest.raises(KilledError):
             compress(net, batches, file)
     assert left(tmp_path) == {"c.sensitivity"} | ({"c.apply"} if survived else set())
     monkeypatch.setattr(compression, "measure", lambda *_, **__: pytest.fail("again"))
-    calls = counted(monkeypatch, compressor, "quantize")
+    calls = counted(monkeypatch, one_layer, "quantize")
     assert compress(net, batches, file) == whole
     assert len(calls) == len(needed) - survived
     assert left(tmp_path) == set()
@@ -139,8 +139,8 @@ def test_killed_in_both_and_after_all(
         (FisherEstimator, "update", 1),
         (FisherEstimator, "update", 0),
         (compression, "search", 0),
-        (compressor, "quantize", 2),
-        (compressor, "quantize", 1),
+        (one_layer, "quantize", 2),
+        (one_layer, "quantize", 1),
         (compression._Files, "forget", 0),
     ):
         with monkeypatch.context() as patch:
@@ -157,16 +157,16 @@ def test_killed_in_a_repeated_search(
     options = {"budget": fc.Budget(size=1330), "family": "bits"}
     with monkeypatch.context() as patch:
         searches = counted(patch, compression, "search")
-        layers = counted(patch, compressor, "quantize")
+        layers = counted(patch, one_layer, "quantize")
         whole = compress(net, batches, **options)
     assert len(searches) > 1  # the first plan is over the budget
     file, last = tmp_path / "c", len(layers) - 2
     with monkeypatch.context() as patch:
-        killed_after(patch, compressor, "quantize", last)
+        killed_after(patch, one_layer, "quantize", last)
         with pytest.raises(KilledError):
             compress(net, batches, file, **options)
     assert {"c.sensitivity", "c.apply", "c.apply-2"} <= left(tmp_path)
-    layers = counted(monkeypatch, compressor, "quantize")
+    layers = counted(monkeypatch, one_layer, "quantize")
     with caplog.at_level(logging.WARNING):
         assert compress(net, batches, file, **options) == whole
     assert len(layers) == 2
@@ -182,7 +182,7 @@ def test_what_another_run_left_is_not_used(
 ) -> None:
     file, options = tmp_path / "c", {"samples": 90, "seed": 0}
     with monkeypatch.context() as patch:
-        killed_after(patch, compressor, "quantize", 3)
+        killed_after(patch, one_layer, "quantize", 3)
         with pytest.raises(KilledError):
             compress(net, batches, file, **options)
     kept = tmp_path / "c.sensitivity"
@@ -283,7 +283,7 @@ def test_a_shuffling_loader_of_the_same_seed_is_resumed(
 ) -> None:
     whole, file = compress(net, Restless(images)), tmp_path / "c"
     with monkeypatch.context() as patch:
-        killed_after(patch, compressor, "quantize", 3)
+        killed_after(patch, one_layer, "quantize", 3)
         with pytest.raises(KilledError):
             compress(net, Restless(images), file)
     monkeypatch.setattr(compression, "measure", lambda *_, **__: pytest.fail("again"))

@@ -9,7 +9,7 @@ from torch import nn
 
 import fitcompress as fc
 from fitcompress import ops
-from fitcompress.compensate import attempts, compressor
+from fitcompress.compensate import attempts, one_layer
 from fitcompress.compensate.levels import level_weights
 from fitcompress.compensate.masks import importance_mask
 from fitcompress.compensate.options import Compensation
@@ -202,7 +202,7 @@ def test_killed_and_resumed_with_a_rule(
     plain = packed_bytes(fc.apply(net, plan, loader, progress=False))
     assert whole != plain
     monkeypatch.setattr(attempts, "SAVE_EVERY", -1.0)
-    file, calls, real = tmp_path / "partial", [], compressor.quantize
+    file, calls, real = tmp_path / "partial", [], one_layer.quantize
 
     def counted(*args, **named) -> object:
         if len(calls) == 2:
@@ -213,14 +213,14 @@ def test_killed_and_resumed_with_a_rule(
     def start() -> None:
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(compressor, "quantize", counted)
+            patch.setattr(one_layer, "quantize", counted)
             with pytest.raises(KeyboardInterrupt):
                 fc.apply(net, plan, loader, masks=rule, checkpoint=file, progress=False)
         assert file.exists()
 
     start()
     calls = [None] * 3  # count on, beyond the kill
-    monkeypatch.setattr(compressor, "quantize", counted)
+    monkeypatch.setattr(one_layer, "quantize", counted)
     again = fc.apply(
         net, plan, loader, masks=Smoothed(moments), checkpoint=file, progress=False
     )

@@ -2,12 +2,13 @@
 
 Before each group of layers one pass: it takes the states that the pass before has left
 on disk a little further, with the weights that are final by then, and sums the moments
-of the group's inputs. No product of a weight with the tokens is computed twice.
+of the group's inputs. No product of a weight with the tokens is computed twice. o and
+down are to repair the states that they add to, as ``compensate.residuals`` has it.
 
     group      reads            does                        leaves
     q/k/v      ĥ of the block before: r̂ + down(m̂)          h, ĥ
-    o          h, ĥ             a = attention(norm₁(h))     a, â
-    gate/up    h, ĥ, a, â       r = h + o(a)                r, r̂
+    o          h, ĥ             a = attention(norm₁(h))     â, r = h + o(a)
+    gate/up    ĥ, â, r          r̂ = ĥ + o(â)                r, r̂
     down       r, r̂             m = mlp(norm₂(r))           m̂, h ← r + down(m)
 """
 
@@ -53,12 +54,14 @@ class Stage:
         layers: The layers.
         writes: Name of rows → width, what its pass leaves on disk.
         keeps: Names of rows that this or later stages read once its pass is over.
+        adds: Whether its outputs are added to the states.
     """
 
     name: str
     layers: tuple[Layer, ...]
     writes: dict[str, int]
     keeps: tuple[str, ...]
+    adds: bool = False
 
     @property
     def columns(self) -> int:
@@ -68,7 +71,9 @@ class Stage:
     @property
     def by_inputs(self) -> bool:
         """Whether dense inputs are summed, and not dense outputs: what is cheaper."""
-        return len(self.layers) > 1 or self.layers[0].rows >= self.columns
+        return not self.adds and (
+            len(self.layers) > 1 or self.layers[0].rows >= self.columns
+        )
 
 
 class Passes:
@@ -80,6 +85,7 @@ class Passes:
         tokens: Calibration tokens.
         work: Where rows are.
         bar: Told of every part of the tokens that is through.
+        repairs: Whether layers are to repair the states that they add to.
     """
 
     def __init__(
@@ -89,9 +95,11 @@ class Passes:
         tokens: Tokens,
         work: Work,
         bar: Bar,
+        *,
+        repairs: bool,
     ) -> None:
         self._skeleton, self._values, self._tokens = skeleton, values, tokens
-        self._work, self._bar = work, bar
+        self._work, self._bar, self._repairs = work, bar, repairs
 
     @property
     def parts(self) -> int:
@@ -102,19 +110,27 @@ class Passes:
         """Return the four stages of a block."""
         name, width = f"block-{number:04d}", self._skeleton.width
         qkv, out, gates, down = self._skeleton.groups(number)
-        h, a, r = (_both(f"{name}.{kind}") for kind in "har")
-        m, after = f"{name}.m.small", f"block-{number + 1:04d}.h.dense"
+        h, r = (_both(f"{name}.{kind}") for kind in "hr")
+        a, m = f"{name}.a.small", f"{name}.m.small"
+        after = f"block-{number + 1:04d}.h.dense"
         ends = number + 1 == self._skeleton.blocks and self._skeleton.head is None
         inner, wide = out.layers[0].columns, down.layers[0].columns
         return [
             Stage(f"{name}-0", qkv.layers, {h[1]: width} if number else {}, h),
-            Stage(f"{name}-1", out.layers, dict.fromkeys(a, inner), h + a),
-            Stage(f"{name}-2", gates.layers, dict.fromkeys(r, width), r),
+            Stage(
+                f"{name}-1",
+                out.layers,
+                {a: inner, r[0]: width},
+                (h[1], a, r[0]),
+                adds=True,
+            ),
+            Stage(f"{name}-2", gates.layers, {r[1]: width}, r),
             Stage(
                 f"{name}-3",
                 down.layers,
                 {} if ends else {m: wide, after: width},
                 () if ends else (r[1], m, after),
+                adds=True,
             ),
         ]
 
@@ -140,7 +156,7 @@ class Passes:
         elif group.half == "self_attn":
             step = self._out(number) if group.output else self._into(number)
         else:
-            step = self._down(number, stage) if group.output else self._gates(number)
+            step = self._down(number) if group.output else self._gates(number)
         sums = GroupSums.zeros(
             stage.columns, stage.columns if stage.by_inputs else stage.layers[0].rows
         )
@@ -203,45 +219,42 @@ class Passes:
         norms = self._norms(number, "self_attn")
         names = _both(f"block-{number:04d}.h")
         reads = [self._rows(name, self._skeleton.width) for name in names]
-        writes = _both(f"block-{number:04d}.a")
-        other = self._other(layer)
+        out = self._linear(layer, self._values.dense)
+        a, r = f"block-{number:04d}.a.small", f"block-{number:04d}.r.dense"
 
         def step(chunk: Chunk) -> tuple[Pair, dict[str, torch.Tensor]]:
             named = self._skeleton.arguments(number, chunk.sequences, chunk.length)
-            found = []
+            found, states = [], []
             for read, norm, half in zip(reads, norms, halves, strict=True):
-                x = norm(read.read(chunk.row, chunk.rows))
-                out = call_half(half, "self_attn", chunk.shaped(x), named)
-                found.append(out.reshape(chunk.rows, -1).contiguous())
-            a, now = found
-            return (now, other(a)), dict(zip(writes, found, strict=True))
+                states.append(read.read(chunk.row, chunk.rows))
+                x = chunk.shaped(norm(states[-1]))
+                inner = call_half(half, "self_attn", x, named)
+                found.append(inner.reshape(chunk.rows, -1).contiguous())
+            y, after = self._added(out, found[0], states)
+            return (found[1], y), {a: found[1], r: after}
 
         return step
 
     def _gates(self, number: int) -> Step:
         (layer,) = self._skeleton.groups(number)[1].layers
-        sources = (self._values.dense, self._values.small)
-        projections = [self._linear(layer, value) for value in sources]
+        out = self._linear(layer, self._values.small)
         norms = self._norms(number, "mlp")
-        width, inner = self._skeleton.width, layer.columns
-        h = [self._rows(n, width) for n in _both(f"block-{number:04d}.h")]
-        a = [self._rows(n, inner) for n in _both(f"block-{number:04d}.a")]
-        writes = _both(f"block-{number:04d}.r")
+        width, name = self._skeleton.width, f"block-{number:04d}"
+        h = self._rows(f"{name}.h.small", width)
+        a = self._rows(f"{name}.a.small", layer.columns)
+        r = self._rows(f"{name}.r.dense", width)
 
         def step(chunk: Chunk) -> tuple[Pair, dict[str, torch.Tensor]]:
-            r = [
-                state.read(chunk.row, chunk.rows).add_(
-                    project(out.read(chunk.row, chunk.rows))
-                )
-                for state, out, project in zip(h, a, projections, strict=True)
-            ]
-            x, now = (norm(each) for norm, each in zip(norms, r, strict=True))
-            return (now, x), dict(zip(writes, r, strict=True))
+            small = h.read(chunk.row, chunk.rows)
+            small.add_(out(a.read(chunk.row, chunk.rows)))
+            states = (r.read(chunk.row, chunk.rows), small)
+            x, now = (norm(each) for norm, each in zip(norms, states, strict=True))
+            return (now, x), {f"{name}.r.small": small}
 
         return step
 
-    def _down(self, number: int, stage: Stage) -> Step:
-        (layer,) = stage.layers
+    def _down(self, number: int) -> Step:
+        layer = self._skeleton.groups(number)[-1].layers[0]
         halves, norms = self._halves(number, "mlp"), self._norms(number, "mlp")
         width = self._skeleton.width
         reads = [self._rows(n, width) for n in _both(f"block-{number:04d}.r")]
@@ -254,14 +267,28 @@ class Passes:
                 r = read.read(chunk.row, chunk.rows)
                 states.append(r)
                 found.append(call_half(half, "mlp", norm(r), {}))
-            y = F.linear(found[0], down.weight)
-            other = found[0] if stage.by_inputs else y
-            h = states[0].add_(y)
-            if down.bias is not None:
-                h.add_(down.bias)
-            return (found[1], other), {m: found[1], after: h}
+            y, h = self._added(down, found[0], states)
+            return (found[1], y), {m: found[1], after: h}
 
         return step
+
+    def _added(
+        self, layer: nn.Linear, x: torch.Tensor, states: list[torch.Tensor]
+    ) -> Pair:
+        """Return what a layer is to answer, and the dense states with its output added.
+
+        Args:
+            layer: The dense layer.
+            x: Its inputs.
+            states: Those that its outputs are added to, dense and now; used up.
+        """
+        y = F.linear(x, layer.weight)
+        dense, now = states
+        after = dense.add_(y)
+        wanted = after - now if self._repairs else y
+        if layer.bias is not None:
+            after.add_(layer.bias)
+        return wanted, after
 
     def _into_head(self, number: int) -> Step:
         head = self._skeleton.head
@@ -273,11 +300,13 @@ class Passes:
         ]
         state = self.states(number)
         h = self._rows(f"block-{number:04d}.h.dense", self._skeleton.width)
-        other = self._other(head)
+        weight = self._values.dense(f"{head.name}.weight")
+        by_inputs = self.head_stage(head).by_inputs
 
         def step(chunk: Chunk) -> tuple[Pair, dict[str, torch.Tensor]]:
             x = norms[0](h.read(chunk.row, chunk.rows))
-            return (norms[1](state(chunk)), other(x)), {}
+            other = x if by_inputs else F.linear(x, weight)
+            return (norms[1](state(chunk)), other), {}
 
         return step
 
@@ -304,13 +333,6 @@ class Passes:
             fill(self._skeleton.inner(number, half), prefix, value)
             for value in (self._values.dense, self._values.small)
         ]
-
-    def _other(self, layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes z of dense inputs, see ``GroupSums``."""
-        if Stage("", (layer,), {}, ()).by_inputs:
-            return lambda x: x
-        weight = self._values.dense(f"{layer.name}.weight")
-        return lambda x: F.linear(x, weight)
 
 
 def _both(name: str) -> tuple[str, str]:

@@ -160,7 +160,14 @@ class Run:
             self._plan, self._skeleton, self._values, self.work.sizes, progress=progress
         )
         with Bar("compensate: blocks", total, enabled=progress) as bar:
-            run = Passes(self._skeleton, self._values, self._tokens, self.work, bar)
+            run = Passes(
+                self._skeleton,
+                self._values,
+                self._tokens,
+                self.work,
+                bar,
+                repairs=self._options.residual,
+            )
             self._embed(bar)
             for number in range(blocks):
                 known: dict[str, Coded] = {}

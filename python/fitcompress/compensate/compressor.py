@@ -20,13 +20,14 @@ from fitcompress.compensate.attempts import Attempts
 from fitcompress.compensate.calibration import prepare
 from fitcompress.compensate.dense_pass import DensePass, remembered
 from fitcompress.compensate.lockstep import Lockstep, not_reached
+from fitcompress.compensate.one_layer import Now, compensated
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
+from fitcompress.compensate.residuals import find_residuals
 from fitcompress.compensate.rounding import rounded
+from fitcompress.compensate.shared import shared_inputs, shared_quantized
 from fitcompress.compensate.size_fit import Pace, entropy_bits
-from fitcompress.compensate.statistics import gather_outputs, position_skip
-from fitcompress.compensate.sweep import Quantized, quantize
-from fitcompress.compensate.target import DRIFT, LARGE
+from fitcompress.compensate.target import DRIFT
 from fitcompress.compensate.trust import judge
 from fitcompress.data.batches import digest, part
 from fitcompress.files import check_writable
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fitcompress.compensate.calibration import Calibration
-    from fitcompress.compensate.dense_pass import Answers
+    from fitcompress.compensate.residuals import Residual
+    from fitcompress.compensate.sweep import Quantized
     from fitcompress.search.plan import Level, Plan
     from fitcompress.sensitivity.mask_rules import MaskRule
 
@@ -113,9 +115,24 @@ class Compressor:
             with threads(FIXED):
                 self.calibration = prepare(self.model, modules, calibrate, samples)
                 few = part(self.calibration.batches[0], slice(16))
-                self._outlets = find_outlets(self._folded, self.layers, few)
+                self._look_around(few)
         self.attempts = Attempts(checkpoint, self._key())
         self._judging = True
+
+    def _look_around(self, few: Any) -> None:
+        """Learn what follows layers, is added to them, and reads shared weights."""
+        assert self.calibration is not None
+        batches, options = self.calibration.batches, self.options
+        self._outlets = find_outlets(self._folded, self.layers, few)
+        self._residuals: dict[str, Residual] = {}
+        if options.residual:
+            two = part(few, slice(2))
+            self._residuals = find_residuals(
+                self._folded, self.layers, self._outlets, two
+            )
+        self._shared_inputs: dict[str, torch.Tensor] = {}
+        if options.shared:
+            self._shared_inputs = shared_inputs(self.model, self.layers, batches)
 
     def with_plan(self, plan: Plan) -> Compressor:
         """Return one for another plan that shares model, inputs and options.
@@ -146,7 +163,7 @@ class Compressor:
         assert self.calibration is not None
         layers = {layer.name: layer for layer in self.layers if not layer.tied}
         batches = self.calibration.batches
-        self._kept = remembered(self.model, layers, batches, limit)
+        self._kept = remembered(self.model, layers, batches, limit, self._residuals)
 
     def _key(self) -> str:
         crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
@@ -203,21 +220,22 @@ class Compressor:
             options = replace(options, beam=1, drift=drift)
         for layer in self.layers:
             if layer.tied:  # used in several places, the first of which comes first
-                nearest = self._rounded_at_pace(layer, levels, pace)
-                self._attach(small, layer, nearest)
-                pace.spent(layer.name, _coded_bytes(nearest.codes))
+                shared = self._shared(layer, levels, pace)
+                self._attach(small, layer, shared)
+                pace.spent(layer.name, _coded_bytes(shared.codes))
                 bar.advance(note=layer.name)
         layers = {layer.name: layer for layer in self.layers if not layer.tied}
         modules = dict(small.named_modules())
-        dense = DensePass(self.model, layers, calibration.batches, self._kept)
-        now = Lockstep(small, {n: modules[n] for n in layers}, calibration.batches)
+        inputs, residuals = calibration.batches, self._residuals
+        dense = DensePass(self.model, layers, inputs, residuals, self._kept)
+        now = Lockstep(small, {n: modules[n] for n in layers}, inputs, residuals)
         trusts = []
         with dense, now:
             for _ in layers:
-                reached, reached_now = dense.advance(), now.advance()
-                if reached is None or reached_now is None:
+                answers, reached = dense.advance(), now.advance()
+                if answers is None or reached is None:
                     raise not_reached(layers, levels)
-                name, layer = reached[0], layers[reached[0]]
+                name, layer = reached.name, layers[reached.name]
                 factor = pace.factor(name)
                 level = levels[name] = scaled(self.plan.levels[name], factor)
                 made = self.attempts.get(pace.label, name, layer.weight.device)
@@ -225,8 +243,7 @@ class Compressor:
                     made = self._quantized(
                         layer,
                         level,
-                        reached[1],
-                        reached_now[1],
+                        Now(layer, answers[1], reached, residuals.get(name)),
                         calibration,
                         options,
                         self._widening(factor),
@@ -244,42 +261,44 @@ class Compressor:
         self,
         layer: Layer,
         level: Level,
-        dense: Answers,
-        now: list[torch.Tensor],
+        now: Now,
         calibration: Calibration,
         options: Compensation,
         widen: float,
     ) -> Quantized:
-        """Compensate one layer, given its dense answers and its inputs now."""
+        """Compensate one layer, or round an embedding."""
         if layer.rounded_alone:
             return self._rounded(layer, level, widen)
-        judged = options.drift is None and layer.columns < LARGE
-        held = [n for n, out in enumerate(calibration.held_out) if out and judged]
-        fit_on = [n for n in range(len(now)) if n not in held]
-        skip = position_skip(layer, now)
-        fitted = gather_outputs(
-            layer, (dense[n] for n in fit_on), [now[n] for n in fit_on], skip=skip
-        )
-        held_out = None
-        if judged and not held:  # too few to tell a correction from noise
-            options = replace(options, drift=0.0)
-        if held:
-            held_out = gather_outputs(
-                layer, (dense[n] for n in held), [now[n] for n in held], skip=skip
-            )
-        outlet = self._outlets[layer.name]
-        return quantize(
-            layer.matrix(),
-            fitted,
-            held_out,
+        return compensated(
+            layer,
             level,
+            now,
+            calibration.held_out,
             options,
-            biased=outlet.module is not None,
-            scalable=outlet.norm,
+            self._outlets[layer.name],
             importance=self._importance(layer, level),
             widen=widen,
-            name=layer.name,
         )
+
+    def _shared(self, layer: Layer, levels: dict[str, Level], pace: Pace) -> Quantized:
+        """Compensate a shared weight at the factor of ``pace``, and note its level."""
+        inputs = self._shared_inputs.get(layer.name)
+        if inputs is None:
+            return self._rounded_at_pace(layer, levels, pace)
+        factor = pace.factor(layer.name)
+        level = levels[layer.name] = scaled(self.plan.levels[layer.name], factor)
+        made = self.attempts.get(pace.label, layer.name, layer.weight.device)
+        if made is None:
+            made = shared_quantized(
+                layer,
+                inputs,
+                level,
+                self.options,
+                importance=self._importance(layer, level),
+                widen=self._widening(factor),
+            )
+            self.attempts.put(pace.label, layer.name, made)
+        return made
 
     def _rounded_at_pace(
         self, layer: Layer, levels: dict[str, Level], pace: Pace

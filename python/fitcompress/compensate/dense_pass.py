@@ -14,18 +14,19 @@ from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.statistics import layer_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from torch import nn
 
+    from fitcompress.compensate.residuals import Residual
     from fitcompress.model import Layer
 
 __all__ = ["Answers", "DensePass", "remembered"]
 
 
 class Answers(Protocol):
-    """`layer_outputs` of one layer, of every batch."""
+    """What one layer answers, of every batch: `layer_outputs`, and what is added."""
 
     def __getitem__(self, number: int, /) -> torch.Tensor:
         """Return those of a batch."""
@@ -33,11 +34,17 @@ class Answers(Protocol):
 
 
 class _Live:
-    def __init__(self, layer: Layer, inputs: list[torch.Tensor]) -> None:
-        self._layer, self._inputs = layer, inputs
+    def __init__(
+        self,
+        layer: Layer,
+        inputs: list[torch.Tensor],
+        added: Callable[[int], torch.Tensor] | None,
+    ) -> None:
+        self._layer, self._inputs, self._added = layer, inputs, added
 
     def __getitem__(self, number: int, /) -> torch.Tensor:
-        return layer_outputs(self._layer, self._inputs[number])
+        y = layer_outputs(self._layer, self._inputs[number])
+        return y if self._added is None else y.add_(self._added(number))
 
 
 class DensePass:
@@ -49,6 +56,7 @@ class DensePass:
         model: The network, in eval mode.
         layers: Name → layer.
         batches: Inputs.
+        residuals: What is added to the outputs of layers, and so to their answers.
         kept: What `remembered` returned for the same, or None: the network runs.
     """
 
@@ -57,11 +65,16 @@ class DensePass:
         model: nn.Module,
         layers: dict[str, Layer],
         batches: list[Any],
+        residuals: dict[str, Residual],
         kept: dict[str, list[torch.Tensor]] | None = None,
     ) -> None:
-        self._layers = layers
+        self._layers, self._residuals = layers, residuals
         modules = {name: layer.module for name, layer in layers.items()}
-        self._pass = None if kept is not None else Lockstep(model, modules, batches)
+        self._pass = (
+            None
+            if kept is not None
+            else Lockstep(model, modules, batches, self._residuals)
+        )
         self._kept: Iterator[tuple[str, list[torch.Tensor]]] = iter(
             (kept or {}).items()
         )
@@ -91,13 +104,22 @@ class DensePass:
         reached = self._pass.advance()
         if reached is None:
             return None
-        name, inputs = reached
-        return name, _Live(self._layers[name], inputs)
+        name, layer = reached.name, self._layers[reached.name]
+        if reached.added is None:
+            return name, _Live(layer, reached.inputs, None)
+        share, added = self._residuals[name].share, reached.added
+        return name, _Live(
+            layer, reached.inputs, lambda number: share(layer, added[number])
+        )
 
 
 @torch.no_grad()
 def remembered(
-    model: nn.Module, layers: dict[str, Layer], batches: list[Any], limit: int
+    model: nn.Module,
+    layers: dict[str, Layer],
+    batches: list[Any],
+    limit: int,
+    residuals: dict[str, Residual],
 ) -> dict[str, list[torch.Tensor]] | None:
     """Return the answers of all layers, name → batch, or None if they take too much.
 
@@ -106,12 +128,13 @@ def remembered(
         layers: As for `DensePass`.
         batches: As for `DensePass`.
         limit: Bytes that they may take.
+        residuals: As for `DensePass`.
 
     Raises:
         CalibrationError: A layer is never reached, or batches reach different ones.
     """
     kept: dict[str, list[torch.Tensor]] = {}
-    with DensePass(model, layers, batches) as passes:
+    with DensePass(model, layers, batches, residuals) as passes:
         for _ in layers:
             reached = passes.advance()
             if reached is None:

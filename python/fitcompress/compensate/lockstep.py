@@ -10,11 +10,13 @@ Only one thread runs at a time, so nothing depends on timing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fitcompress.compensate.residuals import watch_residuals
 from fitcompress.errors import CalibrationError
 from fitcompress.model.forward import call_model
 from fitcompress.model.patches import layer_input
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Lockstep", "not_reached"]
+    from fitcompress.compensate.residuals import Residual
+
+__all__ = ["Lockstep", "Reached", "not_reached"]
 
 
 class _AbandonedError(BaseException):
@@ -39,17 +43,19 @@ class _Pass:
 
     def __init__(self, model: nn.Module, x: Any) -> None:
         self.arrival: tuple[str, torch.Tensor] | None = None
+        self.added: torch.Tensor | None = None
         self.error: BaseException | None = None
         self.abandoned = self.finished = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._model, self._x, self._masks = model, x, attention_masks(x)
         self._seen: set[str] = set()
+        self._residuals: dict[str, torch.Tensor] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def resume(self) -> None:
         """Run until the next new layer or the end."""
-        self.arrival = None
+        self.arrival = self.added = None
         self._go.release()
         self._stopped.acquire()
         if self.finished:
@@ -61,7 +67,16 @@ class _Pass:
             return
         self._seen.add(name)
         self.arrival = (name, counted_rows(module, x.detach(), self._masks))
+        added = self._residuals.pop(name, None)
+        if added is not None:
+            self.added = counted_rows(module, added, self._masks)
+        del added
         self._wait()
+
+    def keep(self, name: str, added: torch.Tensor) -> None:
+        """Called within the pass, with what is added to the outputs of a layer."""
+        if name not in self._seen:
+            self._residuals[name] = added.detach()
 
     def owns_this_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -87,6 +102,20 @@ class _Pass:
         self._stopped.release()
 
 
+class Reached(NamedTuple):
+    """A layer that all passes have reached.
+
+    Attributes:
+        name: Of the layer.
+        inputs: Its input for every batch, without padding.
+        added: What is added to its outputs, likewise, or None.
+    """
+
+    name: str
+    inputs: list[torch.Tensor]
+    added: list[torch.Tensor] | None
+
+
 class Lockstep:
     """The forward passes of several batches, all waiting at the same layer.
 
@@ -96,6 +125,7 @@ class Lockstep:
         model: The network, in eval mode; layers may be changed while passes wait.
         modules: Layer name → module, where to wait.
         batches: Inputs.
+        residuals: Layer name → what is added to its outputs.
     """
 
     def __init__(
@@ -103,10 +133,12 @@ class Lockstep:
         model: nn.Module,
         modules: dict[str, nn.Module],
         batches: Iterable[Any],
+        residuals: dict[str, Residual] | None = None,
     ) -> None:
         self._model, self._modules, self._batches = model, modules, list(batches)
+        self._residuals = residuals or {}
         self._passes: list[_Pass] = []
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Lockstep:
         for name, module in self._modules.items():
@@ -122,7 +154,14 @@ class Lockstep:
                         waiting.arrive(name, module, layer_input(args, named))
 
             handle = module.register_forward_pre_hook(wait, with_kwargs=True)
-            self._handles.append(handle)
+            self._hooks.callback(handle.remove)
+
+        def keep(name: str, added: torch.Tensor) -> None:
+            for waiting in self._passes:
+                if waiting.owns_this_thread():
+                    waiting.keep(name, added)
+
+        self._hooks.enter_context(watch_residuals(self._model, self._residuals, keep))
         self._passes = [_Pass(self._model, x) for x in self._batches]
         return self
 
@@ -136,15 +175,13 @@ class Lockstep:
             if not waiting.finished:
                 waiting.abandoned = True
                 waiting.resume()
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
-    def advance(self) -> tuple[str, list[torch.Tensor]] | None:
+    def advance(self) -> Reached | None:
         """Go on to the next new layer.
 
         Returns:
-            Its name and its input for every batch, without padding, or None at the end
-            of the network.
+            The layer and its inputs, or None at the end of the network.
 
         Raises:
             CalibrationError: Different batches reach different layers.
@@ -164,7 +201,12 @@ class Lockstep:
             )
         if None in names:
             return None
-        return str(names.pop()), [a[1] for a in arrivals if a is not None]
+        added = [w.added for w in self._passes if w.added is not None]
+        return Reached(
+            str(names.pop()),
+            [a[1] for a in arrivals if a is not None],
+            added if len(added) == len(arrivals) else None,
+        )
 
 
 def not_reached(layers: Iterable[str], done: Container[str]) -> CalibrationError:

@@ -22,6 +22,11 @@ class Compensation:
             four batches to hold one out from.
         bias: Give the outputs the mean that they had, through the bias or the batch
             norm that follows, and fit weights to what deviates from the mean only.
+        residual: Let a layer whose outputs are added to others, as in residual
+            connections, repair those as well, by the share γ.
+        shared: Spread the errors of weights that linear layers share, tied embeddings
+            among them, by the inputs that these have in the dense network; else they
+            are rounded. ``compensate_shards`` rounds them: it does not know these.
         beam: Paths that the sweep keeps per row, 1 for plain error feedback. None: as
             many as cost little, 16 for layers up to a thousand inputs.
         rate: λ of rate-aware rounding of entropy-coded steps, relative to the slope of
@@ -38,6 +43,8 @@ class Compensation:
 
     drift: float | None = None
     bias: bool = True
+    residual: bool = True
+    shared: bool = True
     beam: int | None = None
     rate: float = 0.0
     row_scale: bool = False

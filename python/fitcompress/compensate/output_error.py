@@ -140,7 +140,7 @@ class OutputError:
                     reached = passes.advance()
                     if reached is None:
                         raise not_reached(layers, found)
-                    name, inputs = reached
+                    name, inputs, _ = reached
                     found[name] = _curvature(
                         layers[name], inputs, outlets[name], options
                     )

@@ -153,7 +153,7 @@ def _level_weights(
             reached = passes.advance()
             if reached is None:
                 raise not_reached(layers, made)
-            name, inputs = reached
+            name, inputs, _ = reached
             layer = layers[name]
             shares = table.sparsity[place[name]]
             levels = [

@@ -120,8 +120,9 @@ def torchao_rounded(model: nn.Module, bits: int, *, grouped: bool) -> Peer:
     for layer in layers:  # dense again, which is faster here, and ties hold
         weight = layer.module.weight
         dense = weight.dequantize() if hasattr(weight, "dequantize") else weight
+        shared = torch.nn.Parameter(dense.detach())
         for module in layer.modules:
-            module.weight = torch.nn.Parameter(dense.detach())
+            module.weight = shared
     total = sum(x.size for x in layers) * bits + scales * SCALE_BITS
     return Peer(small, -(-total // 8) + _other_bytes(model))
 
@@ -198,7 +199,8 @@ def auto_quantized(
             found = weights.get(layer.name)
             layer.weight.copy_(modules[layer.name].weight if found is None else found)
     note = f"embeddings {embedding_bits} bits, others {effective:.2f}"
-    return Peer(plain, -(-total // 8), note, _coded_bytes(plain, bits, scales))
+    coded = len(packed_bytes(_on_grids(plain, bits, scales)))
+    return Peer(plain, -(-total // 8), note, coded)
 
 
 def _modelopt_formats() -> list[dict[str, Any]]:
@@ -220,10 +222,10 @@ def _modelopt_formats() -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _coded_bytes(
+def _on_grids(
     model: nn.Module, bits: dict[str, int], scales: dict[str, torch.Tensor]
-) -> int:
-    """Return the bytes of a packed file of weights that are on grids already.
+) -> nn.Module:
+    """Return a model with the same codes, as it can be packed.
 
     Args:
         model: Its weights are whole multiples of the scales of their rows.
@@ -238,11 +240,11 @@ def _coded_bytes(
         assert grid is not None
         scale = scales[layer.name]
         safe = torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, 1)
-        codes = (dict(model.named_modules())[layer.name].weight / safe).round()
+        codes = (model.get_submodule(layer.name).weight / safe).round()
         grid.scale.copy_(half_up(scale))
         latent = layer.module.parametrizations.weight.original
         latent.copy_(codes * grid.scale.reshape(-1, 1))
-    return len(packed_bytes(small))
+    return small
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ quarter of its sequences. Embeddings are compressed and counted in every row. By
 those of a file that was loaded before it was scored, for our rows; `text_peers.py` says
 how others are counted, `coded` are bytes of the same codes in our packed file. Others
 that `--against` names get a row of ours of at most their bytes, and at most their coded
-bytes; of `auto_quantize` the bits of embeddings that lose least. KL is that from the
+bytes; of `auto_quantize` and of pruning, the bits that lose least. KL is that from the
 dense model, nats a label. Seconds are those of a processor that made the model, without
 `measure`, once per network; of a row that was interrupted, those since it was resumed.
 Rows, and what ours start from, stay in the folder `--keep`.
@@ -205,7 +205,7 @@ def rows(net: Network) -> Iterator[tuple[str, Callable[[], Peer]]]:
             )
     for share in net.others:
         size = net.size(share)
-        for bits in (4, 3):
+        for bits in (8, 6, 4, 3):
             yield (
                 f"magnitude {share:g}%, {bits} bits",
                 lambda b=bits, s=size: text_peers.pruned(model, b, s),
@@ -220,12 +220,12 @@ def rows(net: Network) -> Iterator[tuple[str, Callable[[], Peer]]]:
 
 
 def rivals(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return others' rows, of ``auto_quantize`` the best for each size alone."""
+    """Return others' rows, of those for a share the best of their kind alone."""
     best: dict[str, dict[str, Any]] = {}
     for row in found:
         name = row["method"]
         if not name.startswith(("ours", "float")):
-            kind = name.partition(", embeddings")[0]
+            kind = name.partition("%")[0]
             if kind not in best or row["loss"] < best[kind]["loss"]:
                 best[kind] = row
     return list(best.values())

@@ -71,7 +71,7 @@ def pruned(model: nn.Module, bits: int, size: int) -> Peer:
     which the packed file is within ``size``.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is 0.
     """
 
     def made(percent: int) -> nn.Module:
@@ -89,6 +89,9 @@ def pruned(model: nn.Module, bits: int, size: int) -> Peer:
             few = middle
     if many == 100:
         message = f"{bits} bits do not get into {size} bytes"
+        raise ValueError(message)
+    if many == 0:
+        message = f"{bits} bits need no zeros to get into {size} bytes"
         raise ValueError(message)
     small = made(many)
     return Peer(small, len(packed_bytes(small)), f"{many} % zeros")

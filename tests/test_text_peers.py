@@ -42,6 +42,8 @@ def test_pruned_takes_the_fewest_zeros_within_the_size():
     assert size - 100 < made.bytes <= size
     with pytest.raises(ValueError, match="do not get into"):
         text_peers.pruned(model, 4, 100)
+    with pytest.raises(ValueError, match="no zeros"):
+        text_peers.pruned(model, 4, 10 * size)
 
 
 @quiet

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 UNIFORM = (8, 4, 3)
-EMBEDDINGS = (8, 6, 4, 3, 2)  # bits, beside those that ``auto_quantize`` chooses
+EMBEDDINGS = (8, 6, 5, 4, 3, 2)  # bits, beside those that ``auto_quantize`` chooses
 LOST = 1.5  # points, of the accuracy, at most
 RISE = {15.0: 0.025, 11.0: 0.13}  # nats a token, at most
 LARGEST = 0.3  # share of the float32 bytes above which ours loses nothing anyway

@@ -195,6 +195,10 @@ def rows(net: Network) -> Iterator[tuple[str, Callable[[], Peer]]]:
         yield f"ours {share:g}%, tuned", lambda s=share: tuned(net, net.size(s))
     for bits in UNIFORM:
         yield f"uniform {bits} bits", lambda b=bits: text_peers.uniform(model, b)
+        yield (
+            f"uniform {bits} bits, least squares",
+            lambda b=bits: text_peers.uniform(model, b, fitted=True),
+        )
         for grouped in (False, True):
             name = f"torchao {bits} bits, " + ("groups of 32" if grouped else "rows")
             yield (

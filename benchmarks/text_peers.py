@@ -56,10 +56,22 @@ class Peer:
     coded: int | None = None
 
 
-def uniform(model: nn.Module, bits: int) -> Peer:
-    """Round all weights, embeddings too, to b bits with a scale per row."""
-    plan = _plan(model, dict.fromkeys(_names(model), bits))
-    small = fc.apply(model, plan, progress=False)
+def uniform(model: nn.Module, bits: int, *, fitted: bool = False) -> Peer:
+    """Round all weights, embeddings too, to b bits with a scale per row.
+
+    Args:
+        model: Unchanged.
+        bits: b.
+        fitted: Scales of least squared error; else the largest weight's.
+    """
+    widths = dict.fromkeys(_names(model), bits)
+    if fitted:
+        plain = copy.deepcopy(model)
+        layers = compressible_layers(plain)
+        scales = {x.name: _round_(x.weight, bits) for x in layers}
+        small = _on_grids(plain, widths, scales)
+    else:
+        small = fc.apply(model, _plan(model, widths), progress=False)
     fixed = _fixed_bytes(small, bits)
     return Peer(small, fixed, coded=len(packed_bytes(small)))
 
@@ -285,7 +297,7 @@ def _round_(weight: torch.Tensor, bits: int) -> torch.Tensor:
     best = torch.full((len(weight),), torch.inf)
     rounded, scales = torch.empty_like(weight), torch.empty(len(weight))
     for share in SHARES:
-        scale = share * weight.abs().amax(1) / (most - 1)
+        scale = half_up(share * weight.abs().amax(1) / (most - 1))
         safe = torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, 1)
         tried = (weight / safe).round().clamp(-most, most - 1) * safe
         error = (tried - weight).square().sum(1)

@@ -27,12 +27,25 @@ def left(model):
     return len(packed_bytes(small)) - sum(layer_bytes(small).values())
 
 
+@torch.no_grad()
+def squares(model, other):
+    """Squared differences of all weights."""
+    both = compressible_layers(model), compressible_layers(other)
+    return sum(
+        float((x.weight - y.weight).square().sum()) for x, y in zip(*both, strict=True)
+    )
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_uniform_bits_are_counted_fixed_and_coded(bits):
     model = llama()
     made = text_peers.uniform(model, bits)
     assert abs(made.bytes - (WEIGHTS * bits + ROWS * 16) / 8 - left(model)) < 8
     assert made.coded == len(packed_bytes(made.model))
+    fitted = text_peers.uniform(model, bits, fitted=True)
+    assert abs(fitted.bytes - made.bytes) < 8
+    gain = squares(model, made.model) - squares(model, fitted.model)
+    assert gain > 0 if bits == 3 else gain == 0  # of 8 bits the largest weight's is it
 
 
 def test_pruned_takes_the_fewest_zeros_within_the_size():
@@ -58,17 +71,9 @@ def test_torchao_counts_scales_of_rows_or_groups(net, monkeypatch):
     assert groups.bytes == rows.bytes  # 16 inputs are one group, 24 none
     monkeypatch.setattr(text_peers, "GROUP", 8)
     more = text_peers.torchao_rounded(model, 4, grouped=True)
-    layers = compressible_layers(model)
-    scales = sum(x.size // 8 - x.rows for x in layers)
+    scales = sum(x.size // 8 - x.rows for x in compressible_layers(model))
     assert more.bytes - rows.bytes == 2 * scales
-    errors = [
-        sum(
-            float((x.weight - y.weight).square().sum())
-            for x, y in zip(layers, compressible_layers(made.model), strict=True)
-        )
-        for made in (more, rows)
-    ]
-    assert 0 < errors[0] < errors[1]
+    assert 0 < squares(model, more.model) < squares(model, rows.model)
 
 
 def test_codes_of_others_are_packed_as_they_are(tmp_path):

@@ -1,16 +1,18 @@
 """Transformers: accuracy or loss, and KL, against bytes on disk, ours and others.
 
     python benchmarks/hugging_face.py --sst2 FOLDER --stories FOLDER --data DIR
-        [--keep DIR] [--rows "ours*" "uniform*"]
+        [--keep DIR] [--rows "ours*" "uniform*"] [--against "uniform*"]
 
 `--sst2` is a BERT classifier, see `sst2.py`, scored on the 872 sentences of `dev.tsv`;
 `--stories` a language model with `sampled_tokens.npy` beside it, scored on the last
 quarter of its sequences. Embeddings are compressed and counted in every row. Bytes are
 those of a file that was loaded before it was scored, for our rows; `text_peers.py` says
-how others are counted. KL is that from the dense model, nats a label. Seconds are those
-of a processor that made the model, without `measure`, once per network; of a row that
-was interrupted, those since it was resumed. Rows, and what ours start from, stay in the
-folder `--keep`.
+how others are counted, `coded` are bytes of the same codes in our packed file. Others
+that `--against` names get a row of ours of at most their bytes, and at most their coded
+bytes; of `auto_quantize` and of pruning, the bits that lose least. KL is that from the
+dense model, nats a label. Seconds are those of a processor that made the model, without
+`measure`, once per network; of a row that was interrupted, those since it was resumed.
+Rows, and what ours start from, stay in the folder `--keep`.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 UNIFORM = (8, 4, 3)
+EMBEDDINGS = (8, 6, 5, 4, 3, 2)  # bits, beside those that ``auto_quantize`` chooses
 LOST = 1.5  # points, of the accuracy, at most
 RISE = {15.0: 0.025, 11.0: 0.13}  # nats a token, at most
+LARGEST = 0.3  # share of the float32 bytes above which ours loses nothing anyway
+CLOSE = 0.99  # of another's bytes: a file of ours that is as large
 SKIPPED = (
     FitcompressError,
     ArithmeticError,
@@ -65,6 +70,7 @@ class Network:
         source: Its data.
         sizes: Shares of the float32 bytes that ours are to take, per cent.
         tuned: The same of those that are fine-tuned.
+        others: The same of those that others choose or prune for.
         samples: That calibrate; half of them measure.
         tune: Samples of a pass of fine-tuning, and passes.
         keep: Folder of rows and files.
@@ -75,6 +81,7 @@ class Network:
     source: TextDataset
     sizes: tuple[float, ...]
     tuned: tuple[float, ...]
+    others: tuple[float, ...]
     samples: int
     tune: tuple[int, int]
     keep: Path
@@ -126,15 +133,16 @@ class Network:
             "kl": kl,
             "seconds": seconds,
         }
+        row |= {"coded": made.coded} if made.coded else {}
         return row | ({"note": made.note} if made.note else {})
 
 
-def ours(net: Network, share: float) -> Peer:
-    """Compress without training, through a file."""
-    path = packed(net, share)
+def ours(net: Network, size: int) -> Peer:
+    """Compress to a number of bytes without training, through a file."""
+    path = packed(net, size)
     if not path.exists():
         groups = fc.fused_groups(net.model)
-        plan = fc.search(net.table(), fc.Budget(size=f"{share}%", groups=groups))
+        plan = fc.search(net.table(), fc.Budget(size=size, groups=groups))
         small = fc.apply(
             net.model,
             plan,
@@ -146,14 +154,14 @@ def ours(net: Network, share: float) -> Peer:
     return loaded(net, path)
 
 
-def tuned(net: Network, share: float) -> Peer:
+def tuned(net: Network, size: int) -> Peer:
     """Compress, and fine-tune once on the dense model's outputs, through a file."""
-    ours(net, share)
-    path, (samples, passes) = packed(net, share, "tuned"), net.tune
+    ours(net, size)
+    path, (samples, passes) = packed(net, size, "tuned"), net.tune
     if not path.exists():
         loader = net.source.training(32)
         loader.items = loader.items[:samples]
-        small = fc.load(packed(net, share), build_model(net.folder), trainable=True)
+        small = fc.load(packed(net, size), build_model(net.folder), trainable=True)
         told = fc.finetune(
             small,
             loader,
@@ -168,9 +176,9 @@ def tuned(net: Network, share: float) -> Peer:
     return loaded(net, path)
 
 
-def packed(net: Network, share: float, kind: str = "ours") -> Path:
+def packed(net: Network, size: int, kind: str = "ours") -> Path:
     """Return where a packed file is kept."""
-    return net.keep / f"{net.name}-{kind}-{share:g}.safetensors"
+    return net.keep / f"{net.name}-{kind}-{size}.safetensors"
 
 
 def loaded(net: Network, path: Path) -> Peer:
@@ -182,13 +190,15 @@ def rows(net: Network) -> Iterator[tuple[str, Callable[[], Peer]]]:
     """Yield what there is to compare, by name."""
     model = net.model
     for share in net.sizes:
-        yield f"ours {share:g}%", lambda s=share: ours(net, s)
+        yield f"ours {share:g}%", lambda s=share: ours(net, net.size(s))
     for share in net.tuned:
-        yield f"ours {share:g}%, tuned", lambda s=share: tuned(net, s)
+        yield f"ours {share:g}%, tuned", lambda s=share: tuned(net, net.size(s))
     for bits in UNIFORM:
-        for coded in (False, True):
-            name = f"uniform {bits} bits" + (", entropy-coded" if coded else "")
-            yield name, lambda b=bits, c=coded: text_peers.uniform(model, b, coded=c)
+        yield f"uniform {bits} bits", lambda b=bits: text_peers.uniform(model, b)
+        yield (
+            f"uniform {bits} bits, least squares",
+            lambda b=bits: text_peers.uniform(model, b, fitted=True),
+        )
         for grouped in (False, True):
             name = f"torchao {bits} bits, " + ("groups of 32" if grouped else "rows")
             yield (
@@ -197,20 +207,48 @@ def rows(net: Network) -> Iterator[tuple[str, Callable[[], Peer]]]:
                     model, b, grouped=g
                 ),
             )
-    for share in net.sizes:
+    for share in net.others:
         size = net.size(share)
-        for bits in (4, 3):
+        for bits in (8, 6, 4, 3):
             yield (
-                f"magnitude, {bits} bits, {share:g}%",
+                f"magnitude {share:g}%, {bits} bits",
                 lambda b=bits, s=size: text_peers.pruned(model, b, s),
             )
-        for bits in (6, 4, 3, 2):
+        for bits in EMBEDDINGS:
             yield (
                 f"auto_quantize {share:g}%, embeddings {bits}",
                 lambda b=bits, s=size: text_peers.auto_quantized(
                     model, net.calibration(), s, embedding_bits=b
                 ),
             )
+
+
+def rivals(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return others' rows, of those for a share the best of their kind alone."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in found:
+        name = row["method"]
+        if not name.startswith(("ours", "float")):
+            kind = name.partition("%")[0]
+            if kind not in best or row["loss"] < best[kind]["loss"]:
+                best[kind] = row
+    return list(best.values())
+
+
+def sizes(row: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return the name of a row, and its bytes, for each way that they are stored."""
+    name, coded = row["method"], row.get("coded")
+    both = [(name, row["bytes"])]
+    return [*both, (f"{name}, entropy-coded", coded)] if coded else both
+
+
+def untrained(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return our rows without fine-tuning."""
+    return [
+        row
+        for row in found
+        if row["method"].startswith("ours") and "tuned" not in row["method"]
+    ]
 
 
 def known(net: Network, name: str, make: Callable[[], Peer]) -> dict[str, Any]:
@@ -240,30 +278,26 @@ def judge(result: Result, net: Network, found: list[dict[str, Any]]) -> None:
             if (name := f"ours {share:g}%") in named:
                 rise = named[name]["loss"] - dense["loss"]
                 result.bar(f"{net.name}, {name}: nats a token more", rise, most)
-    mine = [
-        r
-        for r in found
-        if r["method"].startswith("ours") and "tuned" not in r["method"]
-    ]
-    for row in found:
-        if row["method"].startswith(("ours", "float")):
-            continue
-        smaller = [each for each in mine if each["bytes"] <= row["bytes"]]
-        if smaller:
-            best = max(smaller, key=lambda each: each["bytes"])
-            name = f"{net.name}: KL of {best['method']} over that of {row['method']}"
-            result.bar(name, best["kl"] / max(row["kl"], 1e-12), 1.0)
+    for row in rivals(found):
+        for name, size in sizes(row):
+            smaller = [x for x in untrained(found) if x["bytes"] <= size]
+            if smaller:
+                best = max(smaller, key=lambda each: each["bytes"])
+                title = f"{net.name}, {best['method']}, {name}:"
+                ratio = best["kl"] / max(row["kl"], 1e-12)
+                result.bar(f"{title} KL over its KL", ratio, 1.0)
+                more = best["loss"] - row["loss"]
+                result.bar(f"{title} nats above it", more, 0.0)
 
 
-def run(net: Network, result: Result, wanted: list[str]) -> None:
+def run(net: Network, result: Result, wanted: list[str], against: list[str]) -> None:
     """Make the rows of a network that were asked for, and judge them."""
     net.keep.mkdir(parents=True, exist_ok=True)
     dense = Peer(net.model, net.bytes)
     found = [known(net, "float", lambda: dense)]
     result.row(**found[0])
-    for name, make in rows(net):
-        if not any(fnmatch.fnmatch(name, each) for each in wanted):
-            continue
+
+    def add(name: str, make: Callable[[], Peer]) -> None:
         if name.startswith("ours"):
             net.table()  # is in no row's seconds
         try:
@@ -271,10 +305,21 @@ def run(net: Network, result: Result, wanted: list[str]) -> None:
         except SKIPPED as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             result.skip(f"{net.name}, {name}", text[:300])
-            continue
+            return
         found.append(row)
         result.row(**row)
         print(row, flush=True)
+
+    for name, make in rows(net):
+        if any(fnmatch.fnmatch(name, each) for each in wanted):
+            add(name, make)
+    for row in rivals(found):
+        for name, size in sizes(row):
+            small = size <= LARGEST * net.bytes
+            if small and any(fnmatch.fnmatch(name, each) for each in against):
+                have = [x["bytes"] for x in untrained(found)]
+                if not any(CLOSE * size <= each <= size for each in have):
+                    add(f"ours at {size} bytes", lambda s=size: ours(net, s))
     judge(result, net, found)
 
 
@@ -289,6 +334,7 @@ def networks(arguments: argparse.Namespace, keep: Path) -> Iterator[Network]:
             load_sentences(arguments.data, tokenizer),
             sizes=(15.0, 8.0) if quick else (25.0, 15.0, 12.0, 8.0),
             tuned=(8.0,),
+            others=(15.0, 8.0),
             samples=64 if quick else arguments.samples,
             tune=(640, 1) if quick else (arguments.tune, arguments.passes),
             keep=keep,
@@ -300,6 +346,7 @@ def networks(arguments: argparse.Namespace, keep: Path) -> Iterator[Network]:
             load_tokens(arguments.stories / "sampled_tokens.npy"),
             sizes=(25.0, 15.0, 12.5, 11.0, 9.5),
             tuned=(),
+            others=(15.0, 11.0),
             samples=32 if quick else 256,
             tune=(0, 0),
             keep=keep,
@@ -313,6 +360,7 @@ def main() -> None:
     made.add_argument("--data", type=Path, help="folder of SST-2")
     made.add_argument("--keep", type=Path, help="folder of rows and files")
     made.add_argument("--rows", nargs="*", default=["*"], help="names or patterns")
+    made.add_argument("--against", nargs="*", default=["*"], help="others, likewise")
     made.add_argument("--samples", type=int, default=1024, help="that calibrate")
     made.add_argument("--tune", type=int, default=16000, help="sentences of a pass")
     made.add_argument("--passes", type=int, default=1)
@@ -320,7 +368,7 @@ def main() -> None:
     result = start(arguments)
     with tempfile.TemporaryDirectory() as folder:
         for net in networks(arguments, arguments.keep or Path(folder)):
-            run(net, result, arguments.rows)
+            run(net, result, arguments.rows, arguments.against)
     result.finish()
 
 

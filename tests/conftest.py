@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads that spin while they wait keep cores from those that work: with anything else
+# on the machine small products take ten times as long. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from torch import nn
 

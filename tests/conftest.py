@@ -1,9 +1,12 @@
-"""Tiny models and what they compress to; markers that need something to be there."""
+"""Tiny models, what they compress to, and commands; markers of what must be there."""
 
 import copy
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,9 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from command_line import Result, Run, write_tiny_files
 from fitcompress import ops
+from fitcompress.cli import main
 from fitcompress.data import Batches
 
 DATA = "FITCOMPRESS_DATA"
@@ -126,3 +131,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Run:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fitcompress", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        streams = capsys.readouterr()
+        return Result(caught.value.code or 0, streams.out, streams.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_files(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_files(_tiny_files: Path, tmp_path: Path) -> Path:
+    """The test's folder with a network, its sensitivity, a plan and a packed file."""
+    return shutil.copytree(_tiny_files, tmp_path, dirs_exist_ok=True)

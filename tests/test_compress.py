@@ -331,7 +331,7 @@ def test_bit_operations_quantize_inputs_too(net, batches, few_plans) -> None:
         fc.compress(net, batches, bound, samples=32, activation_bits=(), progress=False)
 
 
-def test_a_refinement_can_be_asked_for(net, batches, monkeypatch) -> None:
+def test_a_refinement_can_be_asked_for(net, batches, few_plans, monkeypatch) -> None:
     asked = []
     real = fc.Refinement.correct
 
@@ -344,10 +344,10 @@ def test_a_refinement_can_be_asked_for(net, batches, monkeypatch) -> None:
     assert not asked
     compress(net, batches, samples=32, budget=fc.Budget(bops="5%"), refine=False)
     assert not asked
-    own = fc.Refinement(samples=32, plans=8)
+    own = fc.Refinement(samples=32, plans=10)
     compress(net, batches, samples=32, refine=own)
     compress(net, batches, samples=32, budget=fc.Budget(bops="5%"))
-    assert [r.plans for r in asked] == [8, compression.REFINEMENT_PLANS]
+    assert [r.plans for r in asked] == [10, compression.REFINEMENT_PLANS]
     assert asked[1].samples == 32
 
 

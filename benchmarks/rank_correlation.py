@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 import fitcompress as fc
 from fitcompress.cli.models import trained_model
@@ -34,8 +33,8 @@ from fitcompress.data import load_dataset
 from fitcompress.model import compressible_layers
 from fitcompress.model.costs import count_macs
 from fitcompress.progress import track
-from fitcompress.search.optimum import solve
 from plan_outcomes import Cell, Outcomes, plan_of
+from rank_scores import BITS, correlations, decisions, draw_figure
 from sensitivities import DEFAULT, OUTPUT_RULES, from_outputs, from_weights, ours
 
 if TYPE_CHECKING:
@@ -46,14 +45,10 @@ if TYPE_CHECKING:
     Reals = NDArray[np.float64]
     Choice = NDArray[np.int64]
 
-BITS = (6, 5, 4, 3, 2)
 GRIDS = [fc.Grid(bits=bits) for bits in BITS]
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7)
 ACTIVATIONS = (8, 6, 4)
 HELD_OUT = 2000  # of the test images, for sensitivities measured on them
-DRAWS = 1000  # of the bootstrap
-
-Table = tuple[str, "Reals"]
 
 
 @dataclass(frozen=True)
@@ -82,78 +77,6 @@ def regimes() -> dict[str, Regime]:
         "renormed": Regime(bits, "renormed"),
         "renormed, joint": Regime(joint, "renormed"),
     }
-
-
-def predicted(table: Reals, choice: Choice) -> float:
-    """Return the sum over the layers."""
-    return float(table[np.arange(len(table)), choice].sum())
-
-
-def correlations(
-    found: list[Table],
-    choices: Choice,
-    truth: Reals,
-    guesses: dict[str, Reals] | None = None,
-) -> list[dict[str, Any]]:
-    """Return rank correlation, interval and ratios of every sensitivity.
-
-    Args:
-        found: Tables, [L, cells] each.
-        choices: Plans, [P, L].
-        truth: True loss rises, [P].
-        guesses: Predictions, [P], that are no sums over layers.
-    """
-    draws = np.random.default_rng(0).integers(0, len(truth), (DRAWS, len(truth)))
-    every = {
-        name: np.array([predicted(table, choice) for choice in choices])
-        for name, table in found
-    } | (guesses or {})
-    rows = []
-    for name, guess in every.items():
-        resampled = [spearmanr(guess[i], truth[i]).statistic for i in draws]
-        low, high = np.nanquantile(resampled, [0.025, 0.975])
-        ratio = truth / guess
-        rows.append(
-            {
-                "sensitivity": name,
-                "spearman": float(spearmanr(guess, truth).statistic),
-                "interval": [float(low), float(high)],
-                "true_over_predicted": [
-                    float(x) for x in np.quantile(ratio, [0, 0.5, 1])
-                ],
-                "predicted": [float(x) for x in guess],
-            }
-        )
-        print(
-            f"  {name:36} Spearman {rows[-1]['spearman']:.3f} [{low:.2f}, {high:.2f}], "
-            f"true/predicted {np.median(ratio):.3g} ({ratio.min():.3g} … "
-            f"{ratio.max():.3g})"
-        )
-    return rows
-
-
-def decisions(
-    found: list[Table],
-    cost: Choice,
-    average: float,
-    true: Callable[[Choice], float],
-) -> dict[str, float]:
-    """Return the true loss rise of the plan that every sensitivity chooses.
-
-    Args:
-        found: The sensitivities, a column for each of `BITS`.
-        cost: Weights or operations of every layer, [L].
-        average: Bits, on average over the cost.
-        true: Plan → true loss rise.
-    """
-    result = {}
-    if average in BITS:
-        result["uniform"] = true(np.full(len(cost), BITS.index(int(average))))
-    table = cost[:, None] * np.array(BITS)
-    for name, value in found:
-        choice = solve(table[None], value, [int(average * cost.sum())]).choice
-        result[name] = true(choice)
-    return result
 
 
 class Comparison:
@@ -308,37 +231,6 @@ class Comparison:
 
 def _gauss_newton(p: NDArray[np.float32], d: NDArray[np.float32]) -> float:
     return float(0.5 * ((p * d * d).sum(-1) - (p * d).sum(-1) ** 2).mean())
-
-
-def draw_figure(result: dict[str, Any], regime: str, path: Path) -> None:
-    """Draw predicted against true loss rises, log-log, a panel for each metric."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    found = result[regime]
-    shown = [row for row in found["rows"] if min(row["predicted"]) > 0]
-    columns = 4
-    rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 2.6 * rows), sharey=True, squeeze=False
-    )
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    for axis, row in zip(axes.flat, shown, strict=False):
-        axis.loglog(row["predicted"], found["true"], ".", markersize=3)
-        ends = [min(row["predicted"]), max(row["predicted"])]
-        axis.loglog(ends, ends, color="0.6", linewidth=0.8)
-        axis.set_title(f"{row['sensitivity']}\nρ = {row['spearman']:.2f}", fontsize=7)
-        axis.tick_params(labelsize=6)
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_ylim(0.7 * min(found["true"]), 1.4 * max(found["true"]))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("true KL, nats", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

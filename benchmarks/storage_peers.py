@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peers import import_nncodec
+from peer_nncodec import import_nncodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

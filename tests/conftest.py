@@ -1,16 +1,27 @@
-"""Tiny models and what they compress to; markers that need something to be there."""
+"""Tiny models, what they compress to, and commands; markers of what must be there."""
 
 import copy
 import os
+import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# Threads that spin while they wait keep cores from those that work: with anything else
+# on the machine small products take ten times as long. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from torch import nn
 
 import fitcompress as fc
+from command_line import Result, Run, write_tiny_files
 from fitcompress import ops
+from fitcompress.cli import main
 from fitcompress.data import Batches
 
 DATA = "FITCOMPRESS_DATA"
@@ -121,3 +132,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, also where the tests run in the background and would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Run:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fitcompress", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        streams = capsys.readouterr()
+        return Result(caught.value.code or 0, streams.out, streams.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_files(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_files(_tiny_files: Path, tmp_path: Path) -> Path:
+    """The test's folder with a network, its sensitivity, a plan and a packed file."""
+    return shutil.copytree(_tiny_files, tmp_path, dirs_exist_ok=True)

@@ -109,4 +109,19 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
+def convolutions() -> nn.Sequential:
+    """A convolution and two linear maps, of 2×6×6 inputs."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(128, 12), nn.Linear(12, 4)),
+    )
+
+
+def labelled_parts() -> list[Batch]:
+    """24 of those inputs in four batches."""
+    x = torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(4))
+    return list(zip(x.split(6), (torch.arange(24) % 4).split(6), strict=True))
+
+
 label_loss = cross_entropy

@@ -8,7 +8,8 @@ from subprocess import CompletedProcess
 
 # Processes are forked from one that has done the imports, which take most of the time.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "fitcompress", "torch.distributed.fsdp"])
+IMPORTED = ["pytest", "fitcompress", "torch.distributed.fsdp", "torch._dynamo"]
+FORKS.set_forkserver_preload(IMPORTED)
 HEAD = """
 import os
 import sys

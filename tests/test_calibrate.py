@@ -1,4 +1,4 @@
-"""Tables fitted to whole random plans: design, regression and the way through."""
+"""Tables fitted to whole random plans: the whole way through."""
 
 import dataclasses
 import logging
@@ -9,162 +9,34 @@ import torch
 from scipy.stats import spearmanr
 
 import fitcompress as fc
+from branched_nets import (
+    BITS,
+    FAST,
+    GRIDS,
+    branched_batches,
+    branched_net,
+    branched_table,
+)
 from fitcompress.compensate.compressor import Compressor
-from fitcompress.compensate.options import Compensation
 from fitcompress.errors import CalibrationError, OptionError, PlanMismatchError
 from fitcompress.refinement import plan_losses
-from fitcompress.refinement.plan_fit import Drawn, fit_plans
-from fitcompress.refinement.random_plans import draw_inputs, draw_plans, families
+from fitcompress.refinement.random_plans import draw_plans
 from fitcompress.threads import threads
-from test_refinement import BITS, Branched
-from test_search import random_table
-
-STEPS = [0.03 * 2 ** (i / 2) for i in range(8)]
-GRIDS = [*(fc.Grid(bits=b) for b in BITS), *(fc.Grid(step=s) for s in STEPS)]
-FAST = Compensation(beam=1, clipping=False)
 
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return Branched().eval()
+    return branched_net()
 
 
 @pytest.fixture
 def loader():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(8, 3, 6, 6, generator=generator) for _ in range(4)]
+    return branched_batches()
 
 
-@pytest.fixture
-def table(net, loader):
-    return fc.measure(
-        net, loader, samples=32, grids=GRIDS, sparsities=(0, 0.3, 0.6), progress=False
-    )
-
-
-def test_plans_are_spread_evenly() -> None:
-    table = random_table(5, 6, 4, 0)
-    for family in families(table):
-        grids, masks = draw_plans(table, family, 24, 0)
-        again = draw_plans(table, family, 24, 0)
-        assert np.array_equal(grids, again[0])
-        assert np.array_equal(masks, again[1])
-        assert not np.array_equal(grids, draw_plans(table, family, 24, 1)[0])
-        assert {table.grids[g].family for g in grids.flat} == {family}
-        assert len({tuple(row) for row in grids}) > 20
-        if family == "bits":
-            for column in grids.T:
-                counts = np.bincount(column)[np.unique(grids)]
-                assert counts.max() - counts.min() <= 1
-            assert not masks[::2].any()
-            assert masks[1::2].any()
-
-
-def test_steps_stay_around_one_of_the_network(net, loader) -> None:
-    table = fc.measure(net, loader, samples=32, progress=False)
-    grids, masks = draw_plans(table, "step", 16, 0)
-    assert not masks.any()
-    logs = np.log2([[table.grids[g].step for g in row] for row in grids])
-    assert (np.ptp(logs, axis=1) <= 1.0 + 0.25).all()
-    assert (np.ptp(logs, axis=1) > 0.2).any()
-    assert np.ptp(logs.mean(1)) > 1
-
-
-def test_inputs_draw_bits_that_tell(net, loader, table) -> None:
-    assert draw_inputs(table, "bits", 16, 0) is None
-    for given, wanted in (((12, 8, 4, 2), {2, 3}), ((2,), {1}), ((12, 8), {2})):
-        with_inputs = fc.measure(
-            net,
-            loader,
-            samples=32,
-            grids=GRIDS,
-            activation_bits=given,
-            progress=False,
-        )
-        assert draw_inputs(with_inputs, "step", 16, 0) is None
-        drawn = draw_inputs(with_inputs, "bits", 16, 0)
-        assert drawn.shape == (16, 3)
-        assert set(drawn.flat) == wanted
-        for column in drawn.T:
-            counts = np.bincount(column)[sorted(wanted)]
-            assert np.ptp(counts) <= 1
-
-
-def test_inputs_and_weights_get_factors_of_their_own() -> None:
-    """Weights cost a fifth of what the table says, inputs twice."""
-    random = np.random.default_rng(0)
-    table = random_table(6, 5, 1, 0)
-    table = dataclasses.replace(
-        table,
-        grids=tuple(fc.Grid(bits=bits) for bits in (6, 5, 4, 3, 2)),
-        activation_bits=(None, 8, 6, 4),
-        activation_distortion=np.outer(
-            random.uniform(0.5, 2, 6), [0.0, 0.01, 0.1, 1.0]
-        ),
-    )
-    drawn = Drawn(
-        *draw_plans(table, "bits", 24, 0), inputs=draw_inputs(table, "bits", 24, 0)
-    )
-    layers = np.arange(6)
-    weights = 0.2 * table.distortion[layers, drawn.grids, drawn.masks].sum(1)
-    inputs = 2.0 * table.activation_distortion[layers, drawn.inputs].sum(1)
-    noise = np.exp(random.normal(0, 0.01, (24, 2)))
-    y = np.stack([weights, weights + inputs], axis=1) * noise
-    fit = fit_plans(table, "bits", table.distortion, drawn, y)
-    np.testing.assert_allclose(fit.distortion, 0.2 * table.distortion, rtol=0.1)
-    np.testing.assert_allclose(fit.inputs, 2 * table.activation_distortion, rtol=0.1)
-    assert fit.report["spearman"] > 0.99
-    assert len(fit.report["input_factors"]) == 6
-
-
-def test_inputs_are_measured_on_compensated_plans(net, loader) -> None:
-    table = fc.measure(
-        net,
-        loader,
-        samples=32,
-        grids=GRIDS[: len(BITS)],
-        sparsities=(0.0,),
-        activation_bits=(8, 4, 3),
-        progress=False,
-    )
-    settings = {"plans": 16, "samples": 32, "compensation": FAST, "progress": False}
-    found = fc.calibrate(table, net, loader, **settings)
-    assert found.activation_distortion.shape == table.activation_distortion.shape
-    assert not np.allclose(found.activation_distortion, table.activation_distortion)
-    x = torch.cat(loader).split(4)
-    g, _ = draw_plans(table, "bits", 16, 0)
-    a = draw_inputs(table, "bits", 16, 0)
-    names, rows = table.names, np.arange(3)
-    predicted, true = [], []
-    for grids, inputs in zip(g, a, strict=True):
-        levels = {
-            name: fc.Level(
-                table.grids[grids[i]],
-                0.0,
-                tuple(table.shapes[i]),
-                activation_bits=table.activation_bits[inputs[i]],
-            )
-            for i, name in enumerate(names)
-        }
-        small = fc.apply(
-            net,
-            fc.Plan(levels),
-            x[::2],
-            samples=None,
-            compensation=FAST,
-            progress=False,
-        )
-        with torch.no_grad():
-            p = net(torch.cat(x[1::2])).double().log_softmax(-1)
-            q = small(torch.cat(x[1::2])).double().log_softmax(-1)
-        true.append(float((p.exp() * (p - q)).sum(-1).mean()))
-        predicted.append(
-            found.distortion[rows, grids, 0].sum()
-            + found.activation_distortion[rows, inputs].sum()
-        )
-    assert sum(predicted) == pytest.approx(sum(true), rel=0.3)
-    assert spearmanr(predicted, true).statistic > 0.7
+@pytest.fixture(scope="module")
+def table():
+    return branched_table()
 
 
 def test_the_table_follows_the_plans(net, loader, table, tmp_path) -> None:
@@ -323,49 +195,6 @@ def test_a_network_of_zeros_keeps_its_table(loader) -> None:
     table = fc.measure(net, loader, samples=32, progress=False)
     found = fc.calibrate(table, net, loader, plans=8, samples=32, progress=False)
     assert np.isfinite(found.distortion).all()
-
-
-class Tied(torch.nn.Module):
-    """Tokens in, tokens out, one weight for both ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(12, 16)
-        self.mix = torch.nn.Linear(16, 16)
-        self.head = torch.nn.Linear(16, 12, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.head(self.mix(self.embed(tokens)).relu())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_inputs_of_embeddings_stay_as_they_are(tied) -> None:
-    torch.manual_seed(0)
-    net = Tied().eval()
-    if not tied:
-        net.head.weight = torch.nn.Parameter(torch.randn(12, 16) / 4)
-    tokens = list(torch.randint(0, 12, (32, 5)).split(8))
-    table = fc.measure(
-        net,
-        tokens,
-        samples=32,
-        grids=GRIDS[: len(BITS)],
-        activation_bits=(8, 4, 3),
-        progress=False,
-    )
-    drawn = draw_inputs(table, "bits", 8, 0)
-    embedding = table.names.index("embed")
-    assert not drawn[:, embedding].any()
-    assert np.delete(drawn, embedding, axis=1).all()
-    found = fc.calibrate(
-        table, net, tokens, plans=8, samples=32, compensation=FAST, progress=False
-    )
-    assert np.isfinite(found.activation_distortion).all()
-    plan = fc.search(found, fc.Budget(bops="12%"))
-    assert plan.levels["embed"].activation_bits is None
-    assert plan.levels["mix"].activation_bits
-    fc.apply(net, plan, tokens, progress=False)
 
 
 def wide_table(net, loader):

@@ -1,55 +1,22 @@
-"""The command line: the whole flow on the digits, exit codes, one-line errors."""
+"""The command line: the whole flow on the digits, and what each command takes."""
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
 import fitcompress as fc
-from fitcompress.cli import main
+from command_line import DIGITS, MODEL, done, tiny
 from fitcompress.cli.plans import MethodName
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.data import load_dataset
 from fitcompress.storage.save_load import read
 from fitcompress.train.supervised import train
 from fitcompress.zoo import DigitsNet
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path) -> Run:
-    """Run a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fitcompress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        streams = capsys.readouterr()
-        return Result(caught.value.code or 0, streams.out, streams.err)
-
-    return call
-
-
-def done(result: Result) -> Result:
-    assert result.code == 0, result.err
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -61,34 +28,6 @@ def trained(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("digits") / "digits.pt"
     torch.save(net.state_dict(), path)
     return path
-
-
-def tiny() -> nn.Module:
-    """What the tests name as `tiny_digits:build`."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-@pytest.fixture
-def tiny_files(tmp_path) -> Path:
-    """A folder with a factory, its weights, a sensitivity, a plan and a packed file."""
-    source = "import torch\nfrom torch import nn\n\n\ndef build():\n"
-    source += "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n\n\n"
-    source += "def nothing():\n    return None\n"
-    (tmp_path / "tiny_digits.py").write_text(source)
-    model = tiny()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
-    loader = load_dataset("digits").calibration()
-    table = fc.measure(model, loader, samples=64, progress=False)
-    table.save(tmp_path / "s")
-    plan = fc.search(table, fc.Budget(size=900))
-    plan.save(tmp_path / "plan.json")
-    fc.save(fc.apply(model, plan, loader, samples=64, progress=False), tmp_path / "p")
-    return tmp_path
-
-
-MODEL = ("--model", "tiny_digits:build", "--weights", "w.safetensors")
-DIGITS = ("--dataset", "digits")
 
 
 def test_the_whole_flow_on_the_digits(run, trained, tmp_path) -> None:
@@ -249,200 +188,6 @@ def test_versions_and_help(run) -> None:
 
 
 W = ("--model", "tiny_digits:build", "--weights")
-ERRORS = {
-    "no such sensitivity": (("search", "nothing", "--size", "5%"), "nothing"),
-    "no budget": (("search", "s"), "BudgetError"),
-    "bits for steps": (
-        ("search", "s", "--size", "90%", "--bops", "90%", "--grids", "step"),
-        "OptionError",
-    ),
-    "nonsense": (("search", "s", "--size", "five"), "got 'five'"),
-    "impossible": (("search", "s", "--size", "10"), "BudgetInfeasibleError"),
-    "mixed path": (
-        ("search", "s", "--size", "900", "--method", "path", "--grids", "any"),
-        "OptionError",
-    ),
-    "not a table": (("search", "plan.json", "--size", "9%"), "FormatError"),
-    "a folder": (("search", ".", "--size", "9%"), "FormatError"),
-    "not a plan": (("apply", "s", *MODEL, *DIGITS), "FormatError"),
-    "no such plan": (("apply", "nothing", *MODEL, *DIGITS), "nothing"),
-    "folder for a plan": (("apply", ".", *MODEL, *DIGITS), "directory"),
-    "another model": (
-        ("pack", "plan.json", "--model", "digits", "--weights", "digits.pt"),
-        "PlanMismatchError",
-    ),
-    "unknown model": (
-        ("pack", "plan.json", "--model", "vgg", "--weights", "w.safetensors"),
-        "got vgg",
-    ),
-    "unknown module": (
-        ("pack", "plan.json", "--model", "no.such:f", "--weights", "w.safetensors"),
-        "DataError",
-    ),
-    "unknown factory": (
-        ("pack", "plan.json", "--model", "tiny_digits:f", "--weights", "w.safetensors"),
-        "DataError",
-    ),
-    "factory of nothing": (
-        ("pack", "plan.json", "--model", "tiny_digits:nothing", "--weights", "w"),
-        "returned no module",
-    ),
-    "no such weights": (("pack", "plan.json", *W, "nothing.pt"), "nothing.pt"),
-    "weights are text": (("pack", "plan.json", *W, "plan.json"), "FormatError"),
-    "weights are code": (("pack", "plan.json", *W, "evil.pt"), "FormatError"),
-    "weights do not fit": (("pack", "plan.json", *W, "digits.pt"), "Mismatch"),
-    "unknown data": (("apply", "plan.json", *MODEL, "--dataset", "mnist"), "mnist"),
-    "no data folder": (
-        ("apply", "plan.json", *MODEL, "--dataset", "cifar10", "--data", "no"),
-        "is missing",
-    ),
-    "no samples": (("measure", *MODEL, *DIGITS, "--samples", "0"), "at least one"),
-    "nothing to evaluate": (
-        ("evaluate", "--model", "digits", *DIGITS),
-        "nothing to evaluate",
-    ),
-    "wrong drift": (("apply", "plan.json", *MODEL, *DIGITS, "--drift", "2"), "drift"),
-    "wrong beam": (
-        ("compress", *MODEL, *DIGITS, "--size", "900", "--beam", "0"),
-        "OptionError",
-    ),
-    "no place for the result": (
-        ("compress", *MODEL, *DIGITS, "--size", "900", "--out", "no/x"),
-        "OutputError",
-    ),
-    "not packed": (("unpack", "w.safetensors"), "FormatError"),
-    "damaged": (("unpack", "damaged"), "FormatError"),
-    "another architecture": (
-        ("evaluate", "--model", "digits", *DIGITS, "--packed", "p"),
-        "PlanMismatchError",
-    ),
-    "no place for a plan": (
-        ("search", "s", "--size", "900", "--out", "no/plan.json"),
-        "OutputError",
-    ),
-    "no place for JSON": (("unpack", "p", "--json", "no/x"), "OutputError"),
-    "no place for a page": (
-        ("report", "p", *MODEL, *DIGITS, "--html", "no/x"),
-        "OutputError",
-    ),
-}
-
-
-class Evil:
-    """Would write a file if it were unpickled."""
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("pwned"),))
-
-
-@pytest.mark.parametrize("case", ERRORS.values(), ids=ERRORS)
-def test_errors_are_one_line_and_write_nothing(run, tiny_files, case) -> None:
-    arguments, message = case
-    torch.save({"weight": Evil()}, "evil.pt")
-    torch.save(DigitsNet().state_dict(), "digits.pt")
-    Path("damaged").write_bytes(Path("p").read_bytes()[:-1])
-    before = {p.name: p.stat().st_mtime_ns for p in tiny_files.iterdir()}
-    result = run(*arguments)
-    assert result.code == 1
-    lines = [x for x in result.err.splitlines() if not x.startswith("measure")]
-    assert len(lines) == 1, result.err
-    assert message in lines[0]
-    assert "Traceback" not in result.out + result.err
-    after = {p.name: p.stat().st_mtime_ns for p in tiny_files.iterdir()}
-    after.pop("__pycache__", None)
-    assert after == before
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("nonsense",),
-        ("search",),
-        ("search", "s", "--method", "magic"),
-        ("search", "s", "--sizes", "5%"),
-        ("measure", "--dataset", "digits"),
-        ("measure", *MODEL, *DIGITS, "--samples", "many"),
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage_has_exit_code_2(run, arguments) -> None:
-    result = run(*arguments)
-    assert result.code == 2
-    assert result.err
-
-
-def test_an_interruption_says_how_to_go_on(run, tiny_files, monkeypatch) -> None:
-    from fitcompress.cli import plans
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(plans, "find_plan", interrupted)
-    result = run("search", "s", "--size", 900)
-    assert result.code == 130
-    assert "run the same command" in result.err
-
-
-def test_a_killed_command_goes_on_where_it_was(run, tiny_files, monkeypatch) -> None:
-    from fitcompress.sensitivity import estimate
-    from fitcompress.sensitivity.fisher import FisherEstimator
-
-    arguments = ("measure", *MODEL, *DIGITS, "--samples", 300)
-    done(run(*arguments, "--out", "whole"))
-    monkeypatch.setattr(estimate, "SAVE_EVERY", -1.0)
-    real, calls = FisherEstimator.update, []
-
-    def killed(self: FisherEstimator, *args: Any) -> float:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    monkeypatch.setattr(FisherEstimator, "update", killed)
-    assert run(*arguments, "--out", "resumed").code == 130
-    assert Path("resumed.partial").exists()
-    assert not Path("resumed").exists()
-    done(run(*arguments, "--out", "resumed"))
-    assert Path("resumed").read_bytes() == Path("whole").read_bytes()
-    assert not Path("resumed.partial").exists()
-    assert len(calls) == 4  # one, killed at the second, two more
-
-
-@pytest.mark.parametrize("survived", [0, 1, 3])
-def test_a_killed_compression_goes_on_where_it_was(
-    run, tiny_files, monkeypatch, survived
-) -> None:
-    from fitcompress.sensitivity import estimate
-    from fitcompress.sensitivity.fisher import FisherEstimator
-
-    arguments = ("compress", *MODEL, *DIGITS, "--size", 900, "--samples", 520)
-    done(run(*arguments, "--out", "whole"))
-    monkeypatch.setattr(estimate, "SAVE_EVERY", -1.0)
-    calls = []
-
-    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            if len(calls) == survived + 1:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        return call
-
-    # Three batches are measured, then comes the first attempt at the one layer.
-    for owner, name in ((FisherEstimator, "update"), (Compressor, "at")):
-        monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
-    files = set(tiny_files.iterdir())
-    result = run(*arguments, "--out", "resumed")
-    assert result.code == 130
-    assert "run the same command" in result.err
-    part = {0: set(), 1: {"measure"}, 3: {"sensitivity"}}[survived]
-    left = {p.name for p in set(tiny_files.iterdir()) - files}
-    assert left - {"__pycache__"} == {f"resumed.partial.{name}" for name in part}
-    done(run(*arguments, "--out", "resumed"))
-    assert Path("resumed").read_bytes() == Path("whole").read_bytes()
-    left = {p.name for p in set(tiny_files.iterdir()) - files}
-    assert left - {"__pycache__"} == {"resumed"}
 
 
 def test_checkpoints_may_be_wrapped(run, tiny_files) -> None:

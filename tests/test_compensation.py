@@ -6,93 +6,26 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import fitcompress as fc
+from compensation_layers import (
+    KINDS,
+    PLAIN,
+    columns,
+    correlated,
+    layer_of,
+    level_of,
+    moments_of,
+    outputs,
+)
 from fitcompress import reference
-from fitcompress.compensate import statistics, sweep
+from fitcompress.compensate import sweep
 from fitcompress.compensate.masks import magnitude_mask
 from fitcompress.compensate.options import Compensation
-from fitcompress.compensate.statistics import Moments, gather
+from fitcompress.compensate.statistics import gather
 from fitcompress.compensate.sweep import quantize
 from fitcompress.compensate.target import Normal, solve
-from fitcompress.errors import NonFiniteError, OptionError
-from fitcompress.model import Layer, patches
-
-PLAIN = Compensation(drift=1.0, bias=False, beam=1, damping=0.01)
-
-
-def layer_of(module: nn.Module) -> Layer:
-    return Layer("layer", module, getattr(module, "groups", 1))
-
-
-KINDS = [
-    (nn.Linear(5, 3), (7, 5)),
-    (nn.Linear(5, 3, bias=False), (7, 4, 5)),
-    (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (5, 4, 6, 7)),
-    (nn.Conv2d(4, 4, 3, groups=4, padding="same"), (5, 4, 6, 6)),
-    (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (5, 2, 6, 6)),
-    (nn.Conv1d(3, 2, 4, dilation=2), (6, 3, 12)),
-    (nn.Conv3d(2, 2, 2), (3, 2, 3, 4, 3)),
-    (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (5, 4, 4, 3)),
-    (nn.ConvTranspose1d(3, 2, 4, stride=3), (6, 3, 5)),
-]
-
-
-def columns(module: nn.Module, batches: torch.Tensor) -> torch.Tensor:
-    """All inputs of one output, float64 [groups, positions, columns]."""
-    return torch.cat([patches(module, x).flatten(1, 2) for x in batches], 1).double()
-
-
-def outputs(module: nn.Module, a: torch.Tensor) -> torch.Tensor:
-    """W x, float64 [groups, positions, rows / groups]."""
-    weight = layer_of(module).matrix().double()
-    return a @ weight.reshape(len(a), -1, a.shape[-1]).transpose(1, 2)
-
-
-@pytest.mark.parametrize(("module", "shape"), KINDS, ids=repr)
-def test_moments_equal_explicit_outer_products(module, shape) -> None:
-    torch.manual_seed(0)
-    dense, now = (list(torch.randn(2, *shape)) for _ in range(2))
-    with torch.no_grad():
-        moments = gather(layer_of(module), dense, now)
-    x, y = columns(module, now), outputs(module, columns(module, dense))
-    x = torch.cat([x, torch.ones(*x.shape[:2], 1)], 2)
-    assert moments.count == x.shape[1]
-    close = {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(moments.second, x.transpose(1, 2) @ x, **close)
-    torch.testing.assert_close(moments.cross, y.transpose(1, 2) @ x, **close)
-
-
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.Conv2d(1, 2, 2), (8, 1, 33, 33)),
-        (nn.Linear(3, 2), (8, 1000, 3)),
-        (nn.ConvTranspose2d(1, 2, 4, stride=2), (8, 1, 33, 33)),
-    ],
-    ids=repr,
-)
-@torch.no_grad()
-def test_many_positions_are_subsampled_evenly(monkeypatch, module, shape) -> None:
-    torch.manual_seed(0)
-    x = list(torch.randn(shape).split(2))
-    whole = gather(layer_of(module), x, x)
-    monkeypatch.setattr(statistics, "ENOUGH_ROWS", 800)
-    some = gather(layer_of(module), x, x)
-    assert 800 <= some.count < 0.5 * whole.count
-    assert (some.second.diagonal(dim1=1, dim2=2) > 0).all()
-    torch.testing.assert_close(
-        some.second / some.count, whole.second / whole.count, rtol=0, atol=0.2
-    )
-
-
-@torch.no_grad()
-def test_inputs_that_are_not_finite_are_an_error() -> None:
-    module, x = nn.Linear(3, 2), torch.ones(4, 3)
-    x[1, 2] = torch.nan
-    with pytest.raises(NonFiniteError, match="'layer'"):
-        gather(layer_of(module), [torch.ones(4, 3)], [x])
+from fitcompress.errors import OptionError
 
 
 def dense_codes(module, dense, now, step: float, options=PLAIN) -> torch.Tensor:
@@ -141,22 +74,6 @@ def test_codes_equal_those_of_a_dense_reference(module, shape, bias) -> None:
     assert torch.equal(
         made.codes, dense_codes(module, dense, now, level.grid.step, options)
     )
-
-
-def correlated(samples: int, width: int) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randn(samples, width) @ torch.randn(width, width) / width**0.5
-
-
-def moments_of(x: torch.Tensor, y: torch.Tensor, groups: int = 1) -> Moments:
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
-    second = (x.T @ x).expand(groups, -1, -1).clone()
-    rows = y.shape[1] // groups
-    return Moments(second, (y.double().T @ x).reshape(groups, rows, -1))
-
-
-def level_of(grid: fc.Grid, weight: torch.Tensor, sparsity: float = 0.0) -> fc.Level:
-    return fc.Level(grid, sparsity, tuple(weight.shape))
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -267,37 +184,6 @@ def test_corrections_that_fit_noise_are_shrunk() -> None:
     assert errors[made.drift] <= min(errors[0.0], errors[1.0]) * (1 + 1e-9)
 
 
-def test_inputs_that_are_dead_cost_no_bits() -> None:
-    x, weight = correlated(500, 8), torch.randn(4, 8)
-    x[:, [2, 5]] = 0
-    for grid in (fc.Grid(step=0.01), fc.Grid(bits=6)):
-        moments = moments_of(x, x @ weight.T)
-        made = quantize(weight, moments, None, level_of(grid, weight), Compensation())
-        assert not made.codes[:, [2, 5]].any()
-        assert made.codes[:, [0, 1, 3, 4, 6, 7]].count_nonzero() > 20
-    # A small input with a large weight is not dead.
-    x[:, 2] = 1e-4 * torch.randn(500)
-    weight[:, 2] = 1e4
-    moments = moments_of(x, x @ weight.T)
-    level = level_of(fc.Grid(step=0.01), weight)
-    made = quantize(weight, moments, None, level, Compensation())
-    assert made.codes[:, 2].all()
-
-
-def test_degenerate_inputs_are_no_obstacle(caplog) -> None:
-    weight, level = torch.randn(3, 4), fc.Level(fc.Grid(step=0.1), 0.0, (3, 4))
-    x = torch.ones(50, 4)  # all inputs are always equal
-    made = quantize(weight, moments_of(x, x @ weight.T), None, level, PLAIN)
-    assert ((weight - 0.1 * made.codes).sum(1).abs() <= 0.06).all()
-    singular = Compensation(drift=0.0, bias=False, damping=1e-12)
-    first = torch.zeros(1, 5, 5, dtype=torch.float64)
-    first[0, :4, :4] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-5]))
-    first[0, 4, 4] = 1
-    cross = torch.zeros(1, 3, 5, dtype=torch.float64)
-    quantize(weight, Moments(first, cross), None, level, singular)
-    assert "damping raised tenfold" in caplog.text
-
-
 def test_the_least_squares_factor_of_a_row() -> None:
     x, weight = correlated(500, 20), torch.randn(6, 20)
     options = Compensation(drift=0.0, bias=False, row_scale=True, damping=1e-9)
@@ -375,54 +261,3 @@ def test_the_default_beam_is_as_wide_as_it_is_cheap() -> None:
     assert options.paths(4096, 4096) == 1
     assert 1 < options.paths(1024, 2048) < 16
     assert Compensation(beam=5).paths(10**6, 10**6) == 5
-
-
-def test_a_large_constant_input_leaves_the_others_alive() -> None:
-    x, weight = correlated(400, 16), torch.randn(8, 16)
-    x[:, 0] = 1000.0
-    level = level_of(fc.Grid(step=0.02), weight)
-    moments = moments_of(x, x @ weight.T)
-    made = quantize(weight, moments, None, level, Compensation(drift=0.0), biased=True)
-    assert (made.codes[:, 1:] != 0).float().mean() > 0.9
-
-
-def test_constant_inputs_do_not_make_weights_of_noise() -> None:
-    weight = torch.randn(8, 16)
-    for x in (torch.randn(1, 16), torch.full((64, 16), 0.1), 1e4 + torch.randn(64, 16)):
-        layer = nn.Linear(16, 8)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-        moments = gather(layer_of(layer), [x], [x])
-        level = level_of(fc.Grid(step=0.02), weight)
-        options = Compensation(drift=1.0)
-        made = quantize(weight, moments, None, level, options, biased=True)
-        assert (made.codes * 0.02 - weight).abs().max() < 0.2  # not 3
-
-
-def test_masks_spend_nothing_on_groups_without_input() -> None:
-    torch.manual_seed(0)
-    module = nn.Conv2d(8, 8, 3, groups=8, bias=False)
-    x = torch.randn(64, 8, 8, 8)
-    x[:, :4] = 0
-    layer = layer_of(module)
-    level = fc.Level(fc.Grid(step=0.01), 0.5, layer.shape)
-    moments = gather(layer, [x], [x])
-    made = quantize(layer.matrix(), moments, None, level, Compensation(drift=0.0))
-    assert not made.codes[:4].any()
-    assert made.codes[4:].all()
-
-
-def test_a_forward_of_its_own_is_not_asked() -> None:
-    class Tenth(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, 0.1 * self.weight, self.bias)
-
-    torch.manual_seed(0)
-    module, x = Tenth(6, 4), torch.randn(50, 6)
-    moments = gather(layer_of(module), [x], [x])
-    torch.testing.assert_close(
-        moments.cross[0, :, :-1],
-        (module.weight @ x.T @ x).double(),
-        rtol=1e-4,
-        atol=1e-4,
-    )

@@ -317,6 +317,7 @@ def test_permuted_layers_give_the_permuted_answer() -> None:
     assert a["sparsity"] == b["sparsity"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_stops_the_search() -> None:
     # A wide beam over 9^30 nodes that does not end by itself.
     t = tables(30, 9, 3)

@@ -54,6 +54,7 @@ def test_a_limit_returns_the_plan_that_is_known(mode: str) -> None:
     assert same(answer, reference.path_search(**arguments))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_returns_the_plan_that_is_known() -> None:
     thread = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     thread.start()

@@ -1,16 +1,10 @@
 """Several processes: the numbers of one, errors in all, kills survived."""
 
-import json
-import subprocess
-import sys
-from dataclasses import fields
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 import fitcompress as fc
@@ -23,27 +17,12 @@ from distributed_nets import (
     token_batches,
     whole_tokens,
 )
-from fitcompress.cli import main
-from fitcompress.ranks import Ranks
-from fitcompress.sensitivity.checkpoint import Checkpoint
+from distributed_tables import equal
 from processes import run_processes, succeeded
 
 DIFFERENT = "DistributedError: the processes measure with different "
 GRIDS = (fc.Grid(bits=8), fc.Grid(bits=4), fc.Grid(step=0.1), fc.Grid(step=0.3))
 OPTIONS = {"grids": GRIDS, "sparsities": (0.0, 0.5), "progress": False}
-
-
-def equal(found: fc.Sensitivity, wanted: fc.Sensitivity, rtol: float = 1e-6) -> None:
-    for field in fields(fc.Sensitivity):
-        a, b = getattr(found, field.name), getattr(wanted, field.name)
-        if isinstance(b, np.ndarray):
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=0, err_msg=field.name)
-        elif field.name == "loss":
-            assert a == pytest.approx(b, rel=rtol)
-        elif field.name != "provenance":
-            assert a == b, field.name
-
-
 HEAD = """
 from conftest import build_tiny_net
 from distributed_nets import *
@@ -233,60 +212,6 @@ def test_killed_and_resumed(failed) -> None:
         equal(found, wanted)
 
 
-def test_a_checkpoint_is_of_the_same_turn_everywhere(tmp_path, net, images) -> None:
-    moments = fc.measure_fisher(net, [images], progress=False)
-
-    class Pair(Ranks):
-        """The first of two processes; the other one has the turns ``theirs``."""
-
-        def __init__(self) -> None:
-            self.group, self.rank, self.count = None, 0, 2
-            self.theirs: list[int] = []
-
-        def gather(self, value):
-            return [value, self.theirs]
-
-        def any(self, *flags):
-            return list(flags)
-
-    def checkpoint(theirs) -> Checkpoint:
-        ranks = Pair()
-        ranks.theirs = theirs
-        made = Checkpoint(tmp_path / "state", ranks)
-        made.key = "key"
-        return made
-
-    assert checkpoint([]).load() is None
-    checkpoint([]).save(moments, 4)
-    file = tmp_path / "state.rank0-of-2"
-    old = file.read_bytes()
-    checkpoint([]).save(moments, 7)
-    for theirs, wanted in (([7], 7), ([4, 7], 7), ([4], None), ([], None)):
-        state = checkpoint(theirs)
-        assert (state.load() is not None) == (wanted is not None)
-        assert state.turn == (wanted or 0)
-    # killed after it had written, before all had
-    file.rename(tmp_path / "state.rank0-of-2.next")
-    file.write_bytes(old)
-    for theirs, wanted in (([4], 4), ([7], 7)):
-        state = checkpoint(theirs)
-        assert state.load() is not None
-        assert state.turn == wanted
-
-    # killed again when it had written turn 10, and the other one had not
-    def killed(*_: bool) -> list[bool]:
-        raise KeyboardInterrupt
-
-    state._ranks.any = killed
-    with pytest.raises(KeyboardInterrupt):
-        state.save(moments, 10)
-    state = checkpoint([7])
-    assert state.load() is not None
-    assert state.turn == 7
-    state.remove()
-    assert not list(tmp_path.glob("state*"))
-
-
 FSDP = """
 for tied in (False, True):
     model = shard(Tokens(tied))
@@ -375,59 +300,3 @@ def test_sharded_models_are_measured_as_whole_ones(measured) -> None:
         assert "other processes than the group's; got a mesh of 2" in told["mesh"]
         assert told["FSDP1"].startswith("UnsupportedLayerError: the model is wrapped")
         assert told["tensor parallel"].startswith("UnsupportedLayerError: parameter '")
-
-
-def test_torchrun_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
-    source = "import torch\nfrom torch import nn\n\n\ndef build():\n"
-    source += "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
-    (tmp_path / "tiny_digits.py").write_text(source)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    torch.save(model.state_dict(), tmp_path / "w.pt")
-    command = [
-        *("fitcompress", "measure", "--model", "tiny_digits:build", "--json", "-"),
-        *("--weights", "w.pt", "--dataset", "digits", "--samples", "300", "--out"),
-    ]
-
-    def alone(*arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", list(arguments))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code
-
-    monkeypatch.chdir(tmp_path)
-    assert alone(*command, "one") == 0
-    wanted = json.loads(capsys.readouterr().out)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--standalone", "-m", *command, "two"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    equal(*(fc.Sensitivity.load(tmp_path / name) for name in ("two", "one")))
-    values = json.loads(done.stdout)  # of one process
-    assert values["samples"] == wanted["samples"] == 300
-    assert values["losses"] == pytest.approx(wanted["losses"])
-    assert done.stderr.count("wrote two") == 1
-    made = {path.name for path in tmp_path.iterdir()}
-    assert made - {"__pycache__"} == {"tiny_digits.py", "w.pt", "one", "two"}
-    monkeypatch.setenv("RANK", "0")  # as clusters set them
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert alone("fitcompress", "pareto", "none") == 1
-    assert "one process" not in capsys.readouterr().err
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")  # as torchrun does
-    assert alone("fitcompress", "pareto", "one") == 1
-    assert "OptionError: the environment variable WORLD_S" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert alone("fitcompress", "--version") == 0
-    assert capsys.readouterr().out.strip() == fc.__version__
-    assert alone("fitcompress", "pareto", "one") == 1
-    error = capsys.readouterr().err
-    assert "OptionError: this command runs in one process; got 2" in error
-    (tmp_path / "shard.safetensors").write_bytes(save({"a.weight": torch.ones(40, 40)}))
-    assert alone("fitcompress", "measure", "--shards", "shard.safetensors") == 1
-    assert "OptionError: this cannot be shared out" in capsys.readouterr().err

@@ -10,17 +10,9 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from exported_files import GRIDS, equal, nodes, observe, rounded, run, types
 from fitcompress.cli import main
-from fitcompress.errors import (
-    CalibrationError,
-    DataError,
-    ExportError,
-    FormatError,
-    MissingDependencyError,
-    OptionError,
-    OutputError,
-    PlanMismatchError,
-)
+from fitcompress.errors import FormatError, OptionError, PlanMismatchError
 from fitcompress.export.onnx_file import ExportOptions
 from fitcompress.export.variants import Variants
 from fitcompress.model import compressible_layers
@@ -37,66 +29,6 @@ from fitcompress.zoo import BertEncoder, DigitsNet
 from test_kinds import Decoder
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-ort = pytest.importorskip("onnxruntime")
-
-
-def run(path, *inputs: torch.Tensor, exact: bool = True) -> torch.Tensor:
-    """The first output. ``exact``: no rewriting, so that only float32 rounds."""
-    onnx.checker.check_model(path, full_check=True)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if exact:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    made = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    named = zip(made.get_inputs(), inputs, strict=True)
-    found = made.run(None, {each.name: x.numpy() for each, x in named})
-    return torch.from_numpy(found[0])
-
-
-def rounded(model: nn.Module, grid: fc.Grid) -> nn.Module:
-    """The model with every weight rounded to the same kind of grid."""
-    layers = compressible_layers(model)
-    plan = fc.Plan({x.name: fc.Level(grid, 0.0, x.shape) for x in layers})
-    return fc.apply(model, plan, progress=False)
-
-
-def observe(model: nn.Module, x: torch.Tensor, bits: int, **options) -> nn.Module:
-    """Quantize the input of every layer but embeddings, calibrated on ``x``."""
-    for layer in compressible_layers(model):
-        if not layer.one_hot:
-            made = ActivationQuantizer(bits, MinMaxObserver(), **options)
-            attach_activation(layer.module, made)
-    with torch.no_grad():
-        model(x)
-    for _, quantizer in activations(model):
-        quantizer.freeze()
-    return model
-
-
-def equal(small: nn.Module, path, *inputs: torch.Tensor, **options) -> bool:
-    with torch.no_grad():
-        expected = small(*inputs)
-    found = run(path, *inputs, **options)
-    error = (found - expected).abs().max() / expected.abs().max()
-    assert error < 2e-5, f"relative error {error}"
-    return True
-
-
-def types(path) -> dict[str, int]:
-    """Initializer → type, of codes."""
-    graph = onnx.load(path).graph
-    return {i.name: i.data_type for i in graph.initializer if "_codes" in i.name}
-
-
-GRIDS = {
-    "2": fc.Grid(bits=2),
-    "4": fc.Grid(bits=4),
-    "8": fc.Grid(bits=8),
-    "step": fc.Grid(step=0.02),
-    "fine": fc.Grid(step=1e-4),
-}
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -231,10 +163,6 @@ def test_convolutions_of_every_dimension(tmp_path, bits) -> None:
     assert {layer.input for layer in report.layers} == {wanted}
 
 
-def nodes(folder):
-    return onnx.load(folder / "f.onnx").graph.node
-
-
 @pytest.mark.parametrize(
     ("bits", "bounds"),
     [(8, (-128, 127)), (8, (0, 255)), (8, (-127, 127)), (4, (-3, 12)), (16, (-9, 9))],
@@ -267,121 +195,6 @@ def test_inputs_may_have_a_step_per_channel(net, images, tmp_path, bits) -> None
         quantizer.freeze()
     fc.export_onnx(small, tmp_path / "f.onnx", images)
     assert equal(small, tmp_path / "f.onnx", 3 * images)
-
-
-def test_four_bits_take_half_of_eight(tmp_path) -> None:
-    net = nn.Sequential(nn.Linear(256, 256))
-    x = torch.randn(4, 256)
-    sizes = {}
-    for bits, opset in ((2, 25), (4, 25), (4, 21), (4, 18), (8, 21)):
-        small = rounded(net, fc.Grid(bits=bits))
-        report = fc.export_onnx(small, tmp_path / "f.onnx", x, opset=opset)
-        sizes[bits, opset] = (tmp_path / "f.onnx").stat().st_size
-        assert report.opset == opset
-        assert equal(small, tmp_path / "f.onnx", x)
-    codes = 256 * 256
-    for (bits, opset), size in sizes.items():
-        wanted = codes * (bits if opset > 18 else 8) // 8 + 4 * 256 * 2
-        assert wanted < size < wanted + 1200, (bits, opset)
-    assert report.bytes_before == pytest.approx(4 * codes, rel=0.02)
-
-
-def test_codes_that_no_integer_holds_stay_in_float(tmp_path) -> None:
-    small = rounded(nn.Sequential(nn.Linear(4, 4)), fc.Grid(step=1e-6))
-    x = torch.randn(3, 4)
-    report = fc.export_onnx(small, tmp_path / "f.onnx", x)
-    assert report.layers[0].weight == "FLOAT"
-    assert report.layers[0].scales == 0
-    assert equal(small, tmp_path / "f.onnx", x)
-    small = rounded(nn.Sequential(nn.Linear(4, 4)), fc.Grid(step=1e-3))
-    assert fc.export_onnx(small, tmp_path / "f.onnx", x).layers[0].weight == "INT16"
-    old = fc.export_onnx(small, tmp_path / "f.onnx", x, opset=18)
-    assert old.layers[0].weight == "FLOAT"
-    assert equal(small, tmp_path / "f.onnx", x)
-
-
-class Dead(nn.Module):
-    """Channels that do nothing, each in another way; ``padding`` of the second conv."""
-
-    def __init__(self, padding: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one = nn.Conv2d(3, 8, 3, padding=1)
-        self.two = nn.Conv2d(8, 6, 3, padding=padding)
-        self.out = nn.Linear(6, 4)
-        with torch.no_grad():
-            self.one.weight[:4] = 0
-            self.one.bias[:4] = torch.tensor([-1.0, 0.0, 2.0, 3.0])
-            self.two.weight[:, 6] = 0  # nobody uses it
-            self.out.weight[:, 2] = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.two(self.one(x).relu()).relu()
-        return self.out(x.mean((2, 3)))
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("padding", [0, 1])
-def test_channels_that_do_nothing_are_removed(tmp_path, padding, quantized) -> None:
-    x = torch.randn(9, 3, 6, 6)
-    small = rounded(Dead(padding).eval(), fc.Grid(bits=8))
-    if quantized:
-        observe(small, x, 8)
-    report = fc.export_onnx(small, tmp_path / "f.onnx", x, channel_multiple=1)
-    # 0, 1: zeros after the ReLU. 2, 3: constants, which padding makes differ at edges.
-    assert report.removed_channels == {"one": 5 if padding == 0 else 3, "two": 1}
-    shapes = {layer.name: layer.shape for layer in report.layers}
-    left = 3 if padding == 0 else 5
-    assert shapes["one"] == (left, 3, 3, 3)
-    assert shapes["two"] == (5, left, 3, 3)
-    assert equal(small, tmp_path / "f.onnx", x)
-    assert equal(small, tmp_path / "f.onnx", x[:1])
-    # Eight channels stay a multiple of four; six are none.
-    report = fc.export_onnx(small, tmp_path / "f.onnx", x, channel_multiple=4)
-    wanted = {"two": 1} if padding else {"one": 4, "two": 1}
-    assert report.removed_channels == wanted
-    assert equal(small, tmp_path / "f.onnx", x)
-
-
-class Sum(nn.Module):
-    """A channel of zeros that a shortcut adds to something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        with torch.no_grad():
-            self.one.weight[1] = 0
-            self.one.bias[1] = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.one(x)
-        return self.two(hidden) + hidden
-
-
-def test_channels_that_a_sum_reads_stay(tmp_path) -> None:
-    small, x = rounded(Sum(), fc.Grid(bits=8)), torch.randn(2, 3, 4, 4)
-    report = fc.export_onnx(small, tmp_path / "f.onnx", x, channel_multiple=1)
-    assert report.removed_channels == {}
-    assert equal(small, tmp_path / "f.onnx", x)
-
-
-def test_layers_that_are_called_twice_or_never(tmp_path) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return self.inner(self.inner(x).relu()) * y
-
-    small = rounded(Twice(), fc.Grid(bits=4))
-    x = torch.randn(3, 6)
-    report = fc.export_onnx(small, tmp_path / "f.onnx", (x, x + 1))
-    assert [layer.weight for layer in report.layers] == ["INT4", "unused"]
-    assert equal(small, tmp_path / "f.onnx", x, x + 1)
-    named = fc.export_onnx(small, tmp_path / "f.onnx", {"x": x, "y": x})
-    assert named.bytes_after == report.bytes_after
-    assert equal(small, tmp_path / "f.onnx", x[:1], x[:1])
 
 
 def test_half_precision(tmp_path) -> None:
@@ -425,76 +238,6 @@ def test_a_packed_file_gives_the_weights(small, images, tmp_path) -> None:
     with pytest.raises(FormatError):
         fc.export_onnx(dense, tmp_path / "c.onnx", images, packed=tmp_path / "p")
     assert not (tmp_path / "c.onnx").exists()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"opset": 17},
-        {"opset": 99},
-        {"opset": "21"},
-        {"min_bits": 3},
-        {"channel_multiple": 0},
-    ],
-    ids=str,
-)
-def test_options_that_cannot_work(small, images, tmp_path, options) -> None:
-    with pytest.raises(OptionError):
-        fc.export_onnx(small, tmp_path / "f", images, **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_cannot_be_exported_is_told(small, images, tmp_path, monkeypatch) -> None:
-    path = tmp_path / "f.onnx"
-    with pytest.raises(OutputError):
-        fc.export_onnx(small, tmp_path / "no" / "f.onnx", images)
-    with pytest.raises(DataError, match="does not run"):
-        fc.export_onnx(small, path, images[:, :1])
-    with pytest.raises(DataError, match="no batch"):
-        fc.export_onnx(small, path, {"x": 3})
-    attach_activation(small.head, ActivationQuantizer(8, dynamic=True))
-    with pytest.raises(ExportError, match=r"'head'.*batch by batch.*calibrate it"):
-        fc.export_onnx(small, path, images)
-    attach_activation(small.head, ActivationQuantizer(8))
-    with pytest.raises(CalibrationError, match="head"):
-        fc.export_onnx(small, path, images)
-    wide = ActivationQuantizer(12)
-    wide.set_range(Range(torch.tensor([0.1]), 0, 4095))
-    attach_activation(small.head, wide)
-    with pytest.raises(ExportError, match="too many codes"):
-        fc.export_onnx(small, path, images, opset=20)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install.*\[onnx\]"):
-        fc.export_onnx(small, path, images)
-    assert not list(tmp_path.iterdir())
-
-
-def test_paths_that_depend_on_values_are_told(tmp_path) -> None:
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x) if float(x.detach().sum()) > 0 else x
-
-    small = rounded(Branch(), fc.Grid(bits=8))
-    with pytest.raises(ExportError, match="cannot be traced"):
-        fc.export_onnx(small, tmp_path / "f", torch.ones(2, 3))
-
-
-def test_a_fixed_batch_is_told(tmp_path) -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x) + torch.zeros(4, 3)
-
-    small = rounded(Fixed(), fc.Grid(bits=8))
-    with pytest.raises(ExportError, match="batch"):
-        fc.export_onnx(small, tmp_path / "f", torch.ones(4, 3))
 
 
 def test_the_command_exports_the_digits_network(tmp_path, monkeypatch, capsys) -> None:

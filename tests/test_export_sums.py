@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from exported_files import observe, rounded, run
 from fitcompress.cli import main
 from fitcompress.errors import (
     CalibrationError,
@@ -22,10 +23,8 @@ from fitcompress.export.onnx_file import ExportOptions
 from fitcompress.export.sum_ranges import measured_ranges
 from fitcompress.export.variants import Variants
 from fitcompress.zoo.resnet_cifar import Block
-from test_export_onnx import observe, rounded, run
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
 

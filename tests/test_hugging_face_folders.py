@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
-from fitcompress.cli import main
+from command_line import done
 from fitcompress.hugging_face import (
     build_model,
     load_model,
@@ -32,33 +32,6 @@ from hugging_face_nets import (
     save_tokens,
 )
 from packed_models import rounded
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fitcompress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        streams = capsys.readouterr()
-        return Result(caught.value.code or 0, streams.out, streams.err)
-
-    return call
-
-
-def done(result: Result) -> Result:
-    assert result.code == 0, result.err
-    return result
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:

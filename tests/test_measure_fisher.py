@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fitcompress as fc
+from distributed_nets import convolutions, labelled_parts
 from fisher_oracle import probe_of, squares_one_by_one
 from fitcompress.errors import DataError, FormatError, OptionError
 from fitcompress.sensitivity import FisherEstimator
 from fitcompress.sensitivity import estimate as estimating
 from fitcompress.sensitivity.labels import sampled_label_loss
+from processes import run_processes, succeeded
 
 
 def batches(images: torch.Tensor, size: int = 16) -> list[tuple[torch.Tensor, ...]]:
@@ -309,76 +309,64 @@ def test_weights_that_no_gradient_reaches_are_named(caplog) -> None:
 
 
 PROCESS = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-import fitcompress as fc
+from distributed_nets import convolutions, labelled_parts
 
-kind, folder = sys.argv[1:]
-torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 12), nn.Linear(12, 4)
-)
-x, y = torch.randn(24, 2, 6, 6), torch.arange(24) % 4
-parts = list(zip(x.split(6), y.split(6)))
-whole = dict(diagonal=True, activations=True, progress=False)
-short = dict(tolerance=0.1, progress=False)
-if kind != "one":
-    dist.init_process_group("gloo")
-if kind == "sharded":
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in (model[0], model[3], model):
-        fully_shard(layer, mesh=mesh)
-found = fc.measure_fisher(model, parts, cross_entropy, **whole)
-if kind == "data":  # they reach other layers
-    mine = fc.FisherMoments(samples=1, loss=1.0)
-    for name in ("a", "b", "c") if dist.get_rank() else ("c", "b"):
-        mine.trace[name] = torch.tensor([1.0, 1.0]).double() * ord(name)
-        mine.squares[name] = torch.ones(1, 1) * ord(name)
-        mine.forms[name] = "direct"
-    if dist.get_rank():
-        mine.unsupported["c"] = "it enters add"
-    mine.all_reduce()
-    assert {n: float(t[0]) for n, t in mine.trace.items()} == {"a": 97.0, "b": 196.0}
-    assert {n: float(t) for n, t in mine.squares.items()} == {"a": 97.0, "b": 196.0}
-    assert set(mine.forms) == {"a", "b"}
-    assert mine.unsupported == {"c": "it enters add"}
-early = fc.measure_fisher(model, parts * 25 + parts[:1], cross_entropy, **short)
-assert all(p.grad is None and p.requires_grad for p in model.parameters())
-if kind == "one" or dist.get_rank() == 0:
-    found.save(f"{folder}/{kind}")
-    early.save(f"{folder}/{kind}-early")
-if kind != "one":
-    cross_entropy(model(x[:6]), y[:6]).backward()
+parts = labelled_parts()
+for kind in ("data", "sharded"):
+    model = convolutions()
+    if kind == "sharded":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[0], model[3], model):
+            fully_shard(layer, mesh=mesh)
+    whole = dict(diagonal=True, activations=True, progress=False)
+    found = fc.measure_fisher(model, parts, cross_entropy, **whole)
+    if kind == "data":  # they reach other layers
+        mine = fc.FisherMoments(samples=1, loss=1.0)
+        for name in ("a", "b", "c") if rank else ("c", "b"):
+            mine.trace[name] = torch.tensor([1.0, 1.0]).double() * ord(name)
+            mine.squares[name] = torch.ones(1, 1) * ord(name)
+            mine.forms[name] = "direct"
+        if rank:
+            mine.unsupported["c"] = "it enters add"
+        mine.all_reduce()
+        traces = {n: float(t[0]) for n, t in mine.trace.items()}
+        assert traces == {"a": 97.0, "b": 196.0}
+        squares = {n: float(t) for n, t in mine.squares.items()}
+        assert squares == {"a": 97.0, "b": 196.0}
+        assert set(mine.forms) == {"a", "b"}
+        assert mine.unsupported == {"c": "it enters add"}
+    early = fc.measure_fisher(
+        model, parts * 25 + parts[:1], cross_entropy, tolerance=0.1, progress=False
+    )
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    if rank == 0:
+        found.save(folder / kind)
+        early.save(folder / f"{kind}-early")
+    x, y = parts[0]
+    cross_entropy(model(x), y).backward()
     assert all(p.grad is not None for p in model.parameters())
-    dist.barrier()
-    os._exit(0)  # torch's own threads now and then abort a process that ends on the CPU
 """
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> Path:
+    """A folder with what two processes have measured."""
+    folder = tmp_path_factory.mktemp("two")
+    succeeded(run_processes(folder, PROCESS))
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["data", "sharded"])
-def test_two_processes_equal_one(tmp_path, kind) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    run = [sys.executable, str(script)]
-    torchrun = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--standalone", str(script)),
-    ]
-    for command, name in ((run, "one"), (torchrun, kind)):
-        done = subprocess.run(
-            [*command, name, str(tmp_path)], capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (fc.FisherMoments.load(tmp_path / name) for name in ("one", kind))
-    same(two, one, exactly=False)
-    early = fc.FisherMoments.load(tmp_path / f"{kind}-early")
+def test_two_processes_equal_one(of_two, kind) -> None:
+    model, parts = convolutions(), labelled_parts()
+    settings = {"diagonal": True, "activations": True, "progress": False}
+    one = fc.measure_fisher(model, parts, cross_entropy, **settings)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    same(fc.FisherMoments.load(of_two / kind), one, exactly=False)
+    early = fc.FisherMoments.load(of_two / f"{kind}-early")
     assert early.samples < 25 * 24
     assert early.largest_relative_error < 0.1
 

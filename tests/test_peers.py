@@ -11,6 +11,8 @@ from torch import nn
 import fitcompress as fc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import peer_files
+import peer_gptq
 import peers
 
 
@@ -111,7 +113,7 @@ def test_inputs_that_are_always_zero_leave_their_weights_at_zero(layer) -> None:
 
 def test_second_moments_are_those_of_what_the_weight_multiplies(net, inputs) -> None:
     # E[y²] of a row's output without bias is w H wᵀ, in every group.
-    h = peers._second_moments(net, "second", inputs)
+    h = peer_gptq._second_moments(net, "second", inputs)
     assert h.shape == (2, 36, 36)
     with torch.no_grad():
         y = torch.cat([torch.relu(net.norm(net.first(x))) for x in inputs])
@@ -164,8 +166,8 @@ def test_clipping_lowers_the_squared_error_of_every_row(net) -> None:
     w = net.first.weight.detach().double().flatten(1)
     errors = []
     for clip in (False, True):
-        scale = peers._scales(w, 2, clip)
-        rounded = peers._nearest(w, scale, 2) * scale.double()[:, None]
+        scale = peer_files.scales(w, 2, clip)
+        rounded = peer_files.nearest(w, scale, 2) * scale.double()[:, None]
         errors.append((rounded - w).square().sum(1))
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < errors[0].sum()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from branched_nets import BITS, branched_batches, branched_net
 from fitcompress.compensate.compressor import Compressor
 from fitcompress.compensate.levels import level_weights, swapped
 from fitcompress.compensate.options import Compensation
@@ -24,37 +25,17 @@ from fitcompress.threads import threads
 from test_search import random_table
 
 
-class Branched(nn.Module):
-    """Convolutions, one of them used twice, in-place sums and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.shared = nn.Conv2d(6, 6, 3, padding=1)
-        self.last = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = self.norm(self.first(x)).relu_()
-        y = self.shared(x)
-        y += x
-        y = self.shared(y.relu_())
-        return self.last(y.mean((2, 3)))
-
-
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return Branched().eval()
+    return branched_net()
 
 
 @pytest.fixture
 def loader():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(8, 3, 6, 6, generator=generator) for _ in range(4)]
+    return branched_batches()
 
 
-BITS, STEPS = (8, 4, 3, 2), (0.02, 0.1)
+STEPS = (0.02, 0.1)
 GRIDS = [*(fc.Grid(bits=b) for b in BITS), *(fc.Grid(step=s) for s in STEPS)]
 FEW = Refinement(samples=32, grids=2, sparsities=1, plans=0)
 

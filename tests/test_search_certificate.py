@@ -171,6 +171,7 @@ def test_progress_counts_the_layers_that_are_decided():
     assert all(bound <= found.objective <= best for best, bound in reports)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_within_the_progress_leaves_a_plan():
     cost, value, limits = subset_sum()
 

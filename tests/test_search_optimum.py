@@ -335,6 +335,7 @@ def test_progress_is_reported_and_errors_in_it_go_on():
         solve(cost, value, limits, progress=fail)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_leaves_a_plan_with_its_gap():
     cost, value, limits = hard_problem()
     main = threading.main_thread().ident

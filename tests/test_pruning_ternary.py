@@ -199,18 +199,18 @@ def test_input_is_checked_before_work(net, small, loader) -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[nn.Module, nn.Module]:
-    """A network for the digits, 98 %, and its ternary copy after ten epochs."""
+    """A network for the digits, 98 %, and its ternary copy after twenty epochs."""
     data = load_dataset("digits")
     torch.manual_seed(0)
     net = DigitsNet()
     train(net, data.training(), epochs=8, progress=False)
-    method = PruningTernary(epochs=10, weight_decay=0.05)
+    method = PruningTernary(epochs=20, weight_decay=0.05)
     return net, method.run(net, data.training(), progress=False)
 
 
 @pytest.mark.slow
 def test_digits_lose_little_at_a_thirtieth(digits, tmp_path) -> None:
-    """Accuracy 98.2 ⇒ 97.4 % at 2.9 % of the bytes; three points may be lost."""
+    """98.8 ⇒ 97.0 %; other seeds and machines lose 1.0 to 1.8 of three points."""
     net, small = digits
     file, fresh = tmp_path / "small.safetensors", DigitsNet()
     size = fc.save(small, file)

@@ -42,8 +42,8 @@ def weights():
 
 
 def measured(path, **options):
-    options = {"grids": GRIDS, "sparsities": SHARES, "progress": False} | options
-    return measure_shards(path, **options)
+    usual = {"grids": GRIDS, "sparsities": SHARES, "exclude": "*embed*"}
+    return measure_shards(path, **usual | {"progress": False} | options)
 
 
 def same(a, b) -> None:
@@ -255,6 +255,7 @@ def test_impossible_indices_and_headers(tmp_path, text) -> None:
 def test_one_pattern_is_one(file) -> None:
     assert measured(file, include="a*").names == ("a",)
     assert measured(file, exclude="a*").names == ("b", "embed")
+    assert "embed" in measure_shards(file, grids=GRIDS, progress=False).names
     with pytest.raises(NoCompressibleLayerError):
         measured(file, include="x.*")
 

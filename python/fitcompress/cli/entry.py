@@ -12,7 +12,7 @@ from fitcompress.cli.app import app
 
 # Imported for the commands that they register.
 from fitcompress.cli import demo, exports, latencies, look, plans, weights  # noqa: F401  isort: skip
-from fitcompress.cli import bit_sharing, galen, pruning_ternary  # noqa: F401  isort: skip
+from fitcompress.cli import bit_sharing, blocks, galen, pruning_ternary  # noqa: F401  isort: skip
 from fitcompress.errors import DistributedError, FitcompressError
 
 __all__ = ["main"]

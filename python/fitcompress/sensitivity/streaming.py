@@ -58,7 +58,7 @@ def measure_shards(
     grids: Sequence[Grid] | None = None,
     sparsities: Sequence[float] = SPARSITIES,
     include: str | Sequence[str] = ("*",),
-    exclude: str | Sequence[str] = ("*embed*",),
+    exclude: str | Sequence[str] = (),
     smallest: int = 1024,
     macs: Mapping[str, int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,

@@ -6,14 +6,17 @@ Random weights in float32, linear maps and ReLUs, each a module of its own for F
 two processes talk by gloo on the CPU. ``peak_mb`` is how far the resident memory of a
 process rose from before the model was made to the end of ``measure``, the largest of
 the processes, after a tiny network; ``over_weights`` is that over the bytes of all
-weights. Expected of N weights, the largest layer n: one process, and each of several
-that share batches out, 4 N for weights and 4 N for F; W processes that hold the model
-together, 8 N / W, and 4 n a few times.
+weights. glibc keeps freed blocks of up to 32 MB for itself once it has seen some;
+``returned``: with ``MALLOC_MMAP_THRESHOLD_=65536`` it gives them back, and what is
+measured is what is in use. The bars are for that. Expected of N weights, the largest
+layer n: one process, and each of several that share batches out, 4 N for weights and
+4 N for F; W processes that hold the model together, 8 N / W, and 4 n a few times.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -79,7 +82,7 @@ def measured(case: str, width: int, layers: int) -> None:
         os._exit(0)  # torch's own threads now and then abort a process that ends
 
 
-def peaks(case: str, size: Sequence[str]) -> list[int]:
+def peaks(case: str, size: Sequence[str], *, returned: bool) -> list[int]:
     """Return the peaks of all processes of a case."""
     with tempfile.TemporaryDirectory() as folder:
         store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
@@ -87,6 +90,7 @@ def peaks(case: str, size: Sequence[str]) -> list[int]:
         for rank in range(CASES[case]):
             env = os.environ | store
             env |= {"RANK": str(rank), "WORLD_SIZE": str(CASES[case])}
+            env |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if returned else {}
             with (Path(folder) / str(rank)).open("w") as out:
                 command = [sys.executable, __file__, "--case", case, *size]
                 started.append(subprocess.Popen(command, env=env, stdout=out))
@@ -110,17 +114,20 @@ def main() -> None:
     result = start(arguments)
     width, layers = arguments.width, 2 if arguments.quick else arguments.layers
     weights = 4 * (layers * width * width + 16 * width)
-    for case, count in CASES.items():
-        found = max(peaks(case, ["--width", str(width), "--layers", str(layers)]))
+    size = ["--width", str(width), "--layers", str(layers)]
+    for case, returned in itertools.product(CASES, (False, True)):
+        found = max(peaks(case, size, returned=returned))
         over = found / weights
         result.row(
             case=case,
-            processes=count,
+            processes=CASES[case],
+            returned=returned,
             weights_mb=weights / 1e6,
             peak_mb=found / 1e6,
             over_weights=over,
         )
-        result.bar(f"{case}: memory over the weights", over, OVER[case])
+        if returned:
+            result.bar(f"{case}: memory over the weights", over, OVER[case])
     return result.finish()
 
 

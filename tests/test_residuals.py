@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
 from fitcompress.compensate.residuals import Residual, find_residuals
@@ -168,6 +169,27 @@ def test_errors_of_the_states_are_repaired() -> None:
     assert errors[True] < 0.7 * errors[False]
 
 
+def test_the_input_of_a_layer_may_be_what_is_added() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.layer(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Skip()).eval()
+    x = torch.randn(512, WIDTH)
+    modules = {x.name: x.module for x in compressible_layers(model)}
+    with torch.no_grad(), Lockstep(model, modules, [x], found(model, x)) as passes:
+        first, second = passes.advance(), passes.advance()
+        assert first is not None
+        assert second is not None
+        assert first.added is None
+        assert torch.equal(second.added[0], second.inputs[0])
+
+
 def test_remembered_answers_hold_the_sum() -> None:
     from fitcompress.compensate.compressor import Compressor
     from fitcompress.compensate.size_fit import Pace
@@ -180,3 +202,26 @@ def test_remembered_answers_hold_the_sum() -> None:
     kept = made.at(Pace("kept", 1.0))
     for a, b in zip(live.parameters(), kept.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_inputs_without_an_address_do_no_harm() -> None:
+    with torch.inference_mode():
+        x = torch.randn(4, WIDTH)
+    assert where(net(Block()), x) == {"1.second": ("0", True)}
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, graph):
+            x = graph.to_dense()
+            return x + self.layer(x)
+
+    found = where(nn.Sequential(Sparse()), torch.eye(WIDTH).to_sparse())
+    assert found == {"0.layer": ("0.layer", False)}
+
+
+def test_a_single_image_has_no_batch() -> None:
+    model = nn.Sequential(nn.Identity(), Block(conv=True)).eval()
+    assert where(model, torch.randn(WIDTH, 4, 4)) == {}

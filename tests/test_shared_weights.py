@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fitcompress as fc
+from fitcompress.compensate import shared
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.shared import shared_inputs
 from fitcompress.errors import NonFiniteError
@@ -104,15 +105,15 @@ def test_the_logits_err_less_than_rounded(tied) -> None:
     batches = [{"input_ids": part} for part in x.split(32)]
     features = tied.features(x).detach()
     errors = {}
-    for shared in (False, True):
-        options = Compensation(shared=shared)
+    for spread in (False, True):
+        options = Compensation(shared=spread)
         small = fc.apply(
             tied, plan_of(tied), batches, compensation=options, progress=False
         )
         assert small.head.weight is not None
         assert torch.equal(small.head.weight, small.embed.weight)
         moved = (small.head.weight - tied.head.weight).detach()
-        errors[shared] = float((features @ moved.T).square().mean())
+        errors[spread] = float((features @ moved.T).square().mean())
     assert errors[True] < 0.8 * errors[False]
 
 
@@ -134,3 +135,14 @@ def test_inputs_that_are_not_finite_are_refused(tied) -> None:
         tied.mix.bias.fill_(torch.inf)
     with pytest.raises(NonFiniteError, match="embed"):
         shared_inputs(tied, layers, [{"input_ids": ids()}])
+
+
+@pytest.mark.parametrize("grid", [fc.Grid(step=0.3), fc.Grid(bits=3)])
+def test_rows_are_compensated_some_at_a_time(tied, grid, monkeypatch) -> None:
+    batches = [{"input_ids": part} for part in ids().split(16)]
+    levels = {x.name: fc.Level(grid, 0.0, x.shape) for x in compressible_layers(tied)}
+    plan = fc.Plan(levels, method="test")
+    whole = fc.apply(tied, plan, batches, progress=False)
+    monkeypatch.setattr(shared, "ROWS", 7)
+    parts = fc.apply(tied, plan, batches, progress=False)
+    assert torch.equal(whole.embed.weight, parts.embed.weight)

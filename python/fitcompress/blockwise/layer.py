@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from fitcompress.blockwise.sums import read_cross, read_second
 from fitcompress.compensate.statistics import Moments
 from fitcompress.compensate.sweep import Problem, Quantized, on_level
 from fitcompress.compensate.target import Normal, drift_share
 
 if TYPE_CHECKING:
+    import torch
+
     from fitcompress.blockwise.work import Work
     from fitcompress.compensate.options import Compensation
     from fitcompress.search.plan import Level
 
-__all__ = ["compensated", "joined"]
+__all__ = ["compensated"]
 
 
 def compensated(
@@ -89,35 +89,6 @@ def compensated(
     problem = Problem.of(weight, whole, level, replace(options, drift=drift), name=name)
     problem.target.gain = gain
     return on_level([problem], level, options, centered=centered)
-
-
-def joined(parts: list[Quantized]) -> Quantized:
-    """Return what was made of the rows of a layer, part by part."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    known = [part.trust for part in parts if part.trust == part.trust]
-    return Quantized(
-        torch.cat([part.codes for part in parts]),
-        first.scale
-        if len(first.scale) == 1
-        else torch.cat([part.scale for part in parts]),
-        None if first.mask is None else torch.cat([_mask(part) for part in parts]),
-        None if first.shift is None else torch.cat([_shift(part) for part in parts]),
-        None,
-        sum(part.drift for part in parts) / len(parts),
-        sum(known) / len(known) if known else float("nan"),
-    )
-
-
-def _mask(part: Quantized) -> torch.Tensor:
-    assert part.mask is not None
-    return part.mask
-
-
-def _shift(part: Quantized) -> torch.Tensor:
-    assert part.shift is not None
-    return part.shift
 
 
 def _normal(second: torch.Tensor, cross: torch.Tensor, *, centered: bool) -> Normal:

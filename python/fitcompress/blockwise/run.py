@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitcompress.blockwise.layer import compensated, joined
+from fitcompress.blockwise.layer import compensated
 from fitcompress.blockwise.passes import Passes, Stage
 from fitcompress.blockwise.rows import RowWriter
 from fitcompress.blockwise.steps import pace_for
@@ -20,6 +20,7 @@ from fitcompress.blockwise.values import NAMES, Values, fill
 from fitcompress.blockwise.work import Coded, Work
 from fitcompress.compensate.compressor import scaled
 from fitcompress.compensate.rounding import rounded_matrix
+from fitcompress.compensate.row_parts import ROWS, joined
 from fitcompress.compensate.size_fit import Pace
 from fitcompress.compensate.trust import judge
 from fitcompress.data.batches import digest
@@ -53,7 +54,6 @@ __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
-ROWS = 12_288  # rows of a layer that are compensated at a time
 RETRIES = 4  # of the last layers, until the file fits
 
 

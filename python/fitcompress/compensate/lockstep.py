@@ -141,6 +141,14 @@ class Lockstep:
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Lockstep:
+        def keep(name: str, added: torch.Tensor) -> None:
+            for waiting in self._passes:
+                if waiting.owns_this_thread():
+                    waiting.keep(name, added)
+
+        # First: a layer's own input may be what is added to its output.
+        self._hooks.enter_context(watch_residuals(self._model, self._residuals, keep))
+
         for name, module in self._modules.items():
 
             def wait(
@@ -155,13 +163,6 @@ class Lockstep:
 
             handle = module.register_forward_pre_hook(wait, with_kwargs=True)
             self._hooks.callback(handle.remove)
-
-        def keep(name: str, added: torch.Tensor) -> None:
-            for waiting in self._passes:
-                if waiting.owns_this_thread():
-                    waiting.keep(name, added)
-
-        self._hooks.enter_context(watch_residuals(self._model, self._residuals, keep))
         self._passes = [_Pass(self._model, x) for x in self._batches]
         return self
 

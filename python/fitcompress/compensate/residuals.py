@@ -228,7 +228,7 @@ class _Sums(TorchDispatchMode):
 
     def output(self, out: Any) -> None:
         """Learn what the model returns: it is read by whoever called it."""
-        for tensor in floats(out):
+        for tensor in filter(_plain, floats(out)):
             watched = self._of_storage.get(_storage(tensor))
             if watched is not None:
                 watched.readers += 1
@@ -252,7 +252,8 @@ class _Sums(TorchDispatchMode):
         assert watched.added is not None
         shape = watched.added[1]
         if hasattr(layer.module, "kernel_size"):
-            return shape == watched.shape
+            dims = len(layer.module.kernel_size)  # type: ignore[arg-type]
+            return shape == watched.shape and len(shape) == dims + 2
         return shape[-1] == layer.rows
 
     def _watch(self, layer: str, out: Any) -> None:
@@ -265,12 +266,12 @@ class _Sums(TorchDispatchMode):
         self._kept.append(out)
 
     def _see(self, tensor: Any, name: str, *, output: bool) -> None:
-        if torch.is_tensor(tensor) and tensor.is_floating_point():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and _plain(tensor):
             self._kept.append(tensor)
             self._seen.setdefault(_key(tensor), (self._time, name, output))
 
     def _read(self, func: Any, args: Any, named: dict[str, Any]) -> None:
-        read = floats([args, list(named.values())])
+        read = [x for x in floats([args, list(named.values())]) if _plain(x)]
         for tensor in {id(each): each for each in read}.values():
             watched = self._of_storage.get(_storage(tensor))
             if watched is None:
@@ -284,10 +285,16 @@ class _Sums(TorchDispatchMode):
                 del self._of_storage[watched.storage]  # it is the sum from here on
 
 
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether it has an address, and changes of it are counted."""
+    return tensor.layout is torch.strided and not tensor.is_inference()
+
+
 def _whole(tensor: Any) -> bool:
     """Whether it is all of its storage, in order."""
     return bool(
         torch.is_tensor(tensor)
+        and _plain(tensor)
         and tensor.is_contiguous()
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fitcompress import ops
+from fitcompress.compensate.row_parts import ROWS, joined
 from fitcompress.compensate.statistics import Moments
 from fitcompress.compensate.sweep import quantize
 from fitcompress.errors import NonFiniteError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["shared_inputs", "shared_quantized"]
 
+KINDS = (nn.Linear, nn.Embedding)
 ONE = (1, 1, 1)
 
 
@@ -116,22 +118,32 @@ def shared_quantized(
         widen: Factor on the scales of fixed-point levels.
     """
     weight = layer.matrix()
-    moments = Moments.zeros(layer, weight.device)
-    moments.second[0, :-1, :-1], moments.second[0, -1, -1] = inputs, 1.0
-    moments.cross[0, :, :-1] = weight.double() @ inputs
-    return quantize(
-        weight,
-        moments,
-        None,
-        level,
-        replace(options, drift=0.0),
-        importance=importance,
-        widen=widen,
-        name=layer.name,
+    rows = len(weight) if level.sparsity else ROWS  # a mask is chosen for all rows
+    return joined(
+        [
+            quantize(
+                part,
+                _moments(part, inputs),
+                None,
+                level,
+                replace(options, drift=0.0),
+                importance=importance,
+                widen=widen,
+                name=layer.name,
+            )
+            for part in torch.split(weight, rows)
+        ]
     )
 
 
-KINDS = (nn.Linear, nn.Embedding)
+def _moments(weight: torch.Tensor, inputs: torch.Tensor) -> Moments:
+    """Return H, and X = W H, as of one position."""
+    rows, columns = weight.shape
+    second = inputs.new_zeros(1, columns + 1, columns + 1)
+    cross = inputs.new_zeros(1, rows, columns + 1)
+    second[0, :-1, :-1], second[0, -1, -1] = inputs, 1.0
+    torch.mm(weight.double(), inputs, out=cross[0, :, :-1])
+    return Moments(second, cross)
 
 
 def _add(second: torch.Tensor, x: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,12 @@ import fitcompress as fc
 from fitcompress.compensate.lockstep import Lockstep
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
-from fitcompress.compensate.residuals import Residual, find_residuals
+from fitcompress.compensate.residual_search import find_residuals
 from fitcompress.model import compressible_layers
 from fitcompress.quantize import fold_norms_
+
+if TYPE_CHECKING:
+    from fitcompress.compensate.residuals import Residual
 
 WIDTH = 16
 

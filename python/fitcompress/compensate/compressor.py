@@ -23,13 +23,13 @@ from fitcompress.compensate.lockstep import Lockstep, not_reached
 from fitcompress.compensate.one_layer import Now, compensated
 from fitcompress.compensate.options import Compensation
 from fitcompress.compensate.outlets import find_outlets
-from fitcompress.compensate.residuals import find_residuals
+from fitcompress.compensate.residual_search import find_residuals
 from fitcompress.compensate.rounding import rounded
 from fitcompress.compensate.shared import shared_inputs, shared_quantized
 from fitcompress.compensate.size_fit import Pace, entropy_bits
 from fitcompress.compensate.target import DRIFT
 from fitcompress.compensate.trust import judge
-from fitcompress.data.batches import digest, part
+from fitcompress.data.batches import batch_size, digest, join, part
 from fitcompress.files import check_writable
 from fitcompress.model import Layer, check_finite, compressible_layers, fingerprint
 from fitcompress.model.copies import copy_of
@@ -49,12 +49,14 @@ from fitcompress.sensitivity.kept_filters import kept_filters
 from fitcompress.sensitivity.mask_rules import check_rule, importance_of
 from fitcompress.sensitivity.table import Grid
 from fitcompress.threads import FIXED, threads
+from fitcompress.versions import __version__
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
     from fitcompress.compensate.calibration import Calibration
+    from fitcompress.compensate.dense_pass import Answer
     from fitcompress.compensate.residuals import Residual
     from fitcompress.compensate.sweep import Quantized
     from fitcompress.search.plan import Level, Plan
@@ -109,7 +111,7 @@ class Compressor:
         fold_norms_(self._folded)
         round_leftovers_(self._folded, [layer.weight for layer in self.layers])
         self.calibration: Calibration | None = None
-        self._kept: dict[str, list[torch.Tensor]] | None = None
+        self._kept: dict[str, list[Answer]] | None = None
         if calibrate is not None:
             modules = {layer.name: layer.module for layer in self.layers}
             with threads(FIXED):
@@ -126,7 +128,7 @@ class Compressor:
         self._outlets = find_outlets(self._folded, self.layers, few)
         self._residuals: dict[str, Residual] = {}
         if options.residual:
-            two = part(few, slice(2))
+            two = part(few if batch_size(few) > 1 else join([few, few]), slice(2))
             self._residuals = find_residuals(
                 self._folded, self.layers, self._outlets, two
             )
@@ -166,7 +168,9 @@ class Compressor:
         self._kept = remembered(self.model, layers, batches, limit, self._residuals)
 
     def _key(self) -> str:
-        crc = zlib.crc32(f"{self.plan.to_json()}{self.options}".encode())
+        made_by = (__version__, torch.__version__)
+        about = f"{self.plan.to_json()}{self.options}{made_by}"
+        crc = zlib.crc32(about.encode())
         for x in self.calibration.batches if self.calibration else []:
             crc = digest(x, crc)
         key = f"{fingerprint(self.model, self.layers)}-{crc:08x}"
@@ -220,7 +224,7 @@ class Compressor:
             options = replace(options, beam=1, drift=drift)
         for layer in self.layers:
             if layer.tied:  # used in several places, the first of which comes first
-                shared = self._shared(layer, levels, pace)
+                shared = self._shared(layer, levels, pace, options)
                 self._attach(small, layer, shared)
                 pace.spent(layer.name, _coded_bytes(shared.codes))
                 bar.advance(note=layer.name)
@@ -280,7 +284,13 @@ class Compressor:
             widen=widen,
         )
 
-    def _shared(self, layer: Layer, levels: dict[str, Level], pace: Pace) -> Quantized:
+    def _shared(
+        self,
+        layer: Layer,
+        levels: dict[str, Level],
+        pace: Pace,
+        options: Compensation,
+    ) -> Quantized:
         """Compensate a shared weight at the factor of ``pace``, and note its level."""
         inputs = self._shared_inputs.get(layer.name)
         if inputs is None:
@@ -293,7 +303,7 @@ class Compressor:
                 layer,
                 inputs,
                 level,
-                self.options,
+                options,
                 importance=self._importance(layer, level),
                 widen=self._widening(factor),
             )

@@ -6,7 +6,7 @@ tries. Where many plans are applied to the same inputs its answers are kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,14 +22,26 @@ if TYPE_CHECKING:
     from fitcompress.compensate.residuals import Residual
     from fitcompress.model import Layer
 
-__all__ = ["Answers", "DensePass", "remembered"]
+__all__ = ["Answer", "Answers", "DensePass", "remembered"]
+
+
+class Answer(NamedTuple):
+    """What a layer answers to a batch.
+
+    Attributes:
+        y: `layer_outputs`, plus what is added to them.
+        summed: Whether something is.
+    """
+
+    y: torch.Tensor
+    summed: bool
 
 
 class Answers(Protocol):
-    """What one layer answers, of every batch: `layer_outputs`, and what is added."""
+    """What one layer answers, to every batch."""
 
-    def __getitem__(self, number: int, /) -> torch.Tensor:
-        """Return those of a batch."""
+    def __getitem__(self, number: int, /) -> Answer:
+        """Return that to a batch."""
         ...
 
 
@@ -42,9 +54,12 @@ class _Live:
     ) -> None:
         self._layer, self._inputs, self._added = layer, inputs, added
 
-    def __getitem__(self, number: int, /) -> torch.Tensor:
+    def __getitem__(self, number: int, /) -> Answer:
         y = layer_outputs(self._layer, self._inputs[number])
-        return y if self._added is None else y.add_(self._added(number))
+        share = None if self._added is None else self._added(number)
+        if share is None or share.shape != y.shape:  # it may be broadcast in a batch
+            return Answer(y, False)
+        return Answer(y.add_(share), True)
 
 
 class DensePass:
@@ -66,7 +81,7 @@ class DensePass:
         layers: dict[str, Layer],
         batches: list[Any],
         residuals: dict[str, Residual],
-        kept: dict[str, list[torch.Tensor]] | None = None,
+        kept: dict[str, list[Answer]] | None = None,
     ) -> None:
         self._layers, self._residuals = layers, residuals
         modules = {name: layer.module for name, layer in layers.items()}
@@ -75,9 +90,7 @@ class DensePass:
             if kept is not None
             else Lockstep(model, modules, batches, self._residuals)
         )
-        self._kept: Iterator[tuple[str, list[torch.Tensor]]] = iter(
-            (kept or {}).items()
-        )
+        self._kept: Iterator[tuple[str, list[Answer]]] = iter((kept or {}).items())
 
     def __enter__(self) -> DensePass:
         if self._pass is not None:
@@ -120,7 +133,7 @@ def remembered(
     batches: list[Any],
     limit: int,
     residuals: dict[str, Residual],
-) -> dict[str, list[torch.Tensor]] | None:
+) -> dict[str, list[Answer]] | None:
     """Return the answers of all layers, name → batch, or None if they take too much.
 
     Args:
@@ -133,7 +146,7 @@ def remembered(
     Raises:
         CalibrationError: A layer is never reached, or batches reach different ones.
     """
-    kept: dict[str, list[torch.Tensor]] = {}
+    kept: dict[str, list[Answer]] = {}
     with DensePass(model, layers, batches, residuals) as passes:
         for _ in layers:
             reached = passes.advance()
@@ -144,9 +157,9 @@ def remembered(
             if layers[name].rounded_alone:  # nobody asks for them
                 continue
             for number in range(len(batches)):
-                y = answers[number]
-                limit -= y.numel() * y.element_size()
+                answer = answers[number]
+                limit -= answer.y.numel() * answer.y.element_size()
                 if limit < 0:
                     return None
-                kept[name].append(y)
+                kept[name].append(answer)
     return kept

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fitcompress.compensate.statistics import gather_outputs, position_skip
 from fitcompress.compensate.sweep import Quantized, quantize
 from fitcompress.compensate.target import LARGE
+from fitcompress.errors import CalibrationError
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +46,26 @@ class Now:
         self._layer, self._dense, self._residual = layer, dense, residual
 
     def wanted(self, number: int) -> torch.Tensor:
-        """Return what the layer is to answer to a batch."""
-        y = self._dense[number]
-        if self._added is None or self._residual is None:
+        """Return what the layer is to answer to a batch.
+
+        Raises:
+            CalibrationError: What is added to its outputs in the dense network is not
+                there now.
+        """
+        y, summed = self._dense[number]
+        if not summed:
             return y
-        return y - self._residual.share(self._layer, self._added[number])
+        share = None
+        if self._added is not None and self._residual is not None:
+            share = self._residual.share(self._layer, self._added[number])
+        if share is None or share.shape != y.shape:
+            raise CalibrationError(
+                f"the sum that layer {self._layer.name!r} is part of is another one in "
+                "the compressed network",
+                wanted="a way through the model that its weights do not change",
+                fix="pass Compensation(residual=False)",
+            )
+        return y - share
 
 
 def compensated(

@@ -10,7 +10,7 @@ from fitcompress.errors import OptionError
 __all__ = ["Compensation"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compensation:
     """How errors are compensated; the defaults are what paid in bytes at equal KL.
 

@@ -118,6 +118,8 @@ def shared_quantized(
         widen: Factor on the scales of fixed-point levels.
     """
     weight = layer.matrix()
+    beam = options.paths(layer.rows, layer.columns)  # the same in all parts
+    options = replace(options, drift=0.0, beam=beam)
     rows = len(weight) if level.sparsity else ROWS  # a mask is chosen for all rows
     return joined(
         [
@@ -126,7 +128,7 @@ def shared_quantized(
                 _moments(part, inputs),
                 None,
                 level,
-                replace(options, drift=0.0),
+                options,
                 importance=importance,
                 widen=widen,
                 name=layer.name,

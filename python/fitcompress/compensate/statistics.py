@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
     from fitcompress.model import Layer
 
-__all__ = ["Moments", "gather", "gather_outputs", "layer_outputs", "position_skip"]
+__all__ = [
+    "Moments",
+    "as_outputs",
+    "gather",
+    "gather_outputs",
+    "layer_outputs",
+    "position_skip",
+]
 
 ENOUGH_ROWS = 65_536  # positions after which every other one is left out
 
@@ -157,8 +164,7 @@ def layer_outputs(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     module: Any = layer.module
     weight = layer.weight.detach()
     if _is_linear(module):
-        y = F.linear(x, weight).float()
-        return y.reshape(-1, y.shape[-1], 1, 1, 1)
+        return as_outputs(layer, F.linear(x, weight))
     dims = len(module.kernel_size)
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
     if layer.view.transposed_groups:
@@ -166,10 +172,21 @@ def layer_outputs(layer: Layer, x: torch.Tensor) -> torch.Tensor:
             dims - 1
         ]
         own = (module.stride, module.padding, module.output_padding, module.groups)
-        y = convolve(x, weight, None, *own, module.dilation).float()
+        y = convolve(x, weight, None, *own, module.dilation)
     else:
-        y = module._conv_forward(x, weight, None).float()
-    return y.reshape(*y.shape[:2], *[1] * (3 - dims), *y.shape[2:])
+        y = module._conv_forward(x, weight, None)
+    return as_outputs(layer, y)
+
+
+def as_outputs(layer: Layer, y: torch.Tensor) -> torch.Tensor:
+    """Return [..., rows], of a convolution [N, rows, ...], as `layer_outputs` does.
+
+    Returns:
+        float32 [N, rows, D, H, W].
+    """
+    if _is_linear(layer.module):
+        return y.float().reshape(-1, y.shape[-1], 1, 1, 1)
+    return y.float().reshape(*y.shape[:2], *[1] * (5 - y.dim()), *y.shape[2:])
 
 
 def position_skip(layer: Layer, inputs: Sequence[torch.Tensor]) -> int:

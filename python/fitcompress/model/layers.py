@@ -97,9 +97,10 @@ class Layer:
 
     @property
     def rounded_alone(self) -> bool:
-        """Whether no error of a weight can be made up for by others.
+        """Whether no error of a weight is made up for with the inputs as they are now.
 
-        Rows that are looked up have no others, and a shared weight has several inputs.
+        Rows that are looked up stand alone; a shared weight has several inputs, which
+        are not known where it is used first.
         """
         return self.one_hot or bool(self.tied)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +99,15 @@ def _answers(layer: Layer, bias: Any, x: torch.Tensor, out: torch.Tensor) -> boo
     return bool(change <= CLOSE * scale + 1e-12)
 
 
+class _Seen(NamedTuple):
+    """A tensor that a module has read or returned: when, and which of the two."""
+
+    time: int
+    module: str
+    output: bool
+    tensor: weakref.ref[torch.Tensor]
+
+
 @dataclass
 class _Watched:
     """The output of one layer, or of its norm.
@@ -109,8 +119,9 @@ class _Watched:
         shape: Of the output; None if there was more than one.
         stride: Likewise.
         storage: Where it lies.
+        kept: The output, as long as it may have a sum of its own.
         readers: How many operations have read it.
-        added: What was added to it, as r of its places.
+        source: Who had what was added to it.
     """
 
     started: int
@@ -119,8 +130,9 @@ class _Watched:
     shape: tuple[int, ...] | None = None
     stride: tuple[int, ...] = ()
     storage: int = 0
+    kept: torch.Tensor | None = None
     readers: int = 0
-    added: Key | None = None
+    source: _Seen | None = None
 
     def placed(self, layer: Layer, tensor: torch.Tensor) -> bool:
         """Whether a view of the output has its places in their order."""
@@ -133,7 +145,8 @@ class _Watched:
 class _Sums(TorchDispatchMode):
     """Sees which sums outputs go into.
 
-    Tensors that are looked up by their address are kept, so that no other gets it.
+    Outputs are kept until it is clear that they go into no sum, so that nothing else
+    gets their address; what modules read and return is looked up while it is there.
 
     Args:
         model: To be run within the mode.
@@ -147,10 +160,9 @@ class _Sums(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._layers, self._names = model, layers, names
         self._hooks = contextlib.ExitStack()
-        self._kept: list[torch.Tensor] = []
         self._watched: dict[str, _Watched] = {}
         self._of_storage: dict[int, str] = {}
-        self._seen: dict[Key, tuple[int, str, bool]] = {}
+        self._seen: dict[Key, _Seen] = {}
         self._calls: dict[str, int] = {}
         self._time, self._blind = 0, False
 
@@ -199,7 +211,7 @@ class _Sums(TorchDispatchMode):
         for tensor in filter(_plain, _held(out, set())):
             name = self._of_storage.get(_storage(tensor))
             if name is not None:
-                self._watched[name].readers += 1
+                self._rule_out(self._watched[name])
 
     def source(self, name: str) -> tuple[str, bool] | None:
         """Return the module that has r, and whether as output; None if there is none.
@@ -207,13 +219,12 @@ class _Sums(TorchDispatchMode):
         Only what was there before the layer was called, by a module called once.
         """
         watched = self._watched.get(name)
-        if watched is None or watched.added is None or watched.readers != 1:
+        if watched is None or not watched.answers or self._calls[name] > 1:
             return None
-        seen = self._seen.get(watched.added)
-        if seen is None or seen[0] > watched.started or self._calls[name] > 1:
+        seen = watched.source
+        if seen is None or seen.time > watched.started or self._calls[seen.module] > 1:
             return None
-        once = watched.answers and self._calls[seen[1]] == 1
-        return (seen[1], seen[2]) if once else None
+        return seen.module, seen.output
 
     def _judge(self, name: str, module: Any, out: Any) -> None:
         """Learn whether a layer answers as its weight does."""
@@ -230,17 +241,24 @@ class _Sums(TorchDispatchMode):
     def _watch(self, name: str, out: Any) -> None:
         watched = self._watched[name]
         if watched.shape is not None or not _whole(out):
-            watched.readers = 2  # no one sum takes them all
+            self._rule_out(watched)  # no one sum takes them all
             return
         watched.shape, watched.stride = tuple(out.shape), out.stride()
         watched.storage = _storage(out)
         self._of_storage[watched.storage] = name
-        self._kept.append(out)
+        watched.kept = out
+
+    def _rule_out(self, watched: _Watched) -> None:
+        """Forget an output that is not, or not only, part of a sum."""
+        self._of_storage.pop(watched.storage, None)
+        watched.source = watched.kept = None
 
     def _see(self, tensor: Any, name: str, *, output: bool) -> None:
         if torch.is_tensor(tensor) and tensor.is_floating_point() and _plain(tensor):
-            self._kept.append(tensor)
-            self._seen.setdefault(_key(tensor), (self._time, name, output))
+            key = _key(tensor)
+            known = self._seen.get(key)
+            if known is None or known.tensor() is None:
+                self._seen[key] = _Seen(self._time, name, output, weakref.ref(tensor))
 
     def _read(self, func: Any, args: Any, named: dict[str, Any]) -> None:
         read = [x for x in floats([args, list(named.values())]) if _plain(x)]
@@ -253,8 +271,12 @@ class _Sums(TorchDispatchMode):
             others = [other for other in read if other is not tensor]
             plain = func in ADDS and not named and len(others) == 1
             plain = plain and others[0].shape == tensor.shape
-            if plain and watched.placed(self._layers[name], tensor):
-                watched.added = _key(others[0])
+            plain = plain and watched.placed(self._layers[name], tensor)
+            if not plain or watched.readers > 1:
+                self._rule_out(watched)
+                continue
+            seen = self._seen.get(_key(others[0]))
+            watched.source = None if seen is None or seen.tensor() is None else seen
             if func is torch.ops.aten.add_.Tensor and tensor is args[0]:
                 del self._of_storage[watched.storage]  # it is the sum from here on
 
